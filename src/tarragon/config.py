@@ -1,0 +1,130 @@
+"""Every limit, timeout and size of Tarragon, with its unit in its name.
+
+One struct, three sources that set the same names: a TOML file (``[tarragon]``),
+environment variables (``TARRAGON_<NAME>`` in capitals) and command-line flags
+(``--name-with-dashes``); the later source wins.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, or out of its range."""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one cluster. Handed to every process when it is forked."""
+
+    # --- shape of the cluster
+    attention_workers: int = 2
+    expert_workers: int = 2
+    attention_threads: int = 0
+    """Compute threads per attention worker; 0 shares the host's cores evenly."""
+    expert_threads: int = 0
+    """Compute threads per expert worker; 0 shares the host's cores evenly."""
+
+    # --- memory
+    expert_memory_bytes_max: int = 0
+    """Budget of resident expert weights per expert worker; 0 means room for primaries and shadows."""
+    shadow_replicas: int = 1
+    """Inactive copies wanted for every expert, each on another worker than its primary (5.3)."""
+    kv_cache_bytes: int = 1 << 30
+    """Paged KV cache of each attention worker."""
+
+    # --- expert batching (5.2)
+    batch_join_wait_us_max: int = 2_000
+    """Longest wait of a ready batch for a worker that can still join it."""
+    batch_align_layers_max: int = 2
+    """A batch waits only for workers at most this many layers behind it."""
+    batch_pairs_min: int = 512
+    """A batch of this many (token, expert) pairs starts without waiting for more."""
+    batch_pairs_max: int = 1_024
+    """Largest kernel call; a bigger prefill is cut so that decodes get in between."""
+    decode_pairs_max: int = 512
+    """A frame of more pairs than this counts as prefill: no decode batch waits for it."""
+
+    # --- failure detection (section 5, appendix E)
+    probe_interval_ms: float = 10.0
+    probe_misses_max: int = 3
+    expert_batch_ms_max: float = 2_000.0
+    """A batch that makes no progress for this long means that its worker hangs."""
+
+    # --- control plane
+    handshake_timeout_s: float = 10.0
+    connect_timeout_s: float = 10.0
+    worker_ready_timeout_s: float = 600.0
+    """A worker that is not ready this long after its fork is given up."""
+    expert_unreachable_timeout_s: float = 60.0
+    """How long a request waits for an expert that no live worker hosts, before it fails (503)."""
+    shutdown_grace_s: float = 5.0
+    """Between SIGTERM and SIGKILL of a worker that is told to stop."""
+    max_failovers_per_request: int = 3
+
+    # --- bounds of frames and queues
+    control_frame_bytes_max: int = 16 << 20
+    engine_frame_bytes_max: int = 64 << 20
+    request_queue_max: int = 1_024
+    """Requests that the gateway holds while no attention worker is ready."""
+
+    # --- addresses
+    host: str = "127.0.0.1"
+    port: int = 8000
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 8001
+
+    def checked(self) -> Config:
+        """Return self, or raise ConfigError naming the first setting out of range."""
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and value < 0:
+                raise ConfigError(f"{name} must not be negative, but is {value}")
+        for name in ("attention_workers", "expert_workers", "probe_misses_max", "batch_pairs_max"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        for name in ("port", "admin_port"):
+            if not 1 <= getattr(self, name) <= 65_535:
+                raise ConfigError(f"{name} must lie in 1..65535, but is {getattr(self, name)}")
+        return self
+
+    def threads(self, role: str, cores: int) -> int:
+        """Compute threads of one worker of ``role`` ("attention" or "expert") on a host of ``cores``."""
+        if role == "attention":
+            return self.attention_threads or max(1, cores // self.attention_workers)
+        return self.expert_threads or max(1, cores // self.expert_workers)
+
+
+def load(
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Merge defaults, file, environment and flags (those that are not None), the later winning.
+
+    Raises ConfigError for an unknown name, a wrong type or an unreadable file.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            document = tomllib.loads(file.read_text())
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration file {file}: {error}") from error
+        values.update(document.get("tarragon", {}))
+    environ = os.environ if environ is None else environ
+    for name in Config.__struct_fields__:
+        text = environ.get(f"TARRAGON_{name.upper()}")
+        if text is not None:
+            values[name] = text
+    values.update({name: value for name, value in (flags or {}).items() if value is not None})
+    try:
+        # strict=False turns the environment's strings into numbers.
+        return msgspec.convert(values, Config, strict=False).checked()
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"bad configuration: {error}") from error
