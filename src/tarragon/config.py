@@ -11,9 +11,21 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+
+# --- hard bounds of the transport: no setting may exceed them, and a peer that asks for more is refused
+REGION_HIDDEN_MAX: Final = 65_536
+"""Widest row in a shared region, in elements."""
+REGION_PAIRS_MAX: Final = 1 << 22
+"""Most (token, expert) rows in a shared region."""
+HANDSHAKES_PENDING_MAX: Final = 64
+"""Connections of one listener that have not yet proved that they know the secret."""
+LINK_OFFER_TIMEOUT_S: Final = 10.0
+"""Longest wait for the other side's word when a data link is set up."""
+SEND_TIMEOUT_S: Final = 5.0
+"""A peer that does not take one frame within this time counts as gone: it is stopped or hangs."""
 
 
 class ConfigError(ValueError):
@@ -64,9 +76,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A worker that is not ready this long after its fork is given up."""
     expert_unreachable_timeout_s: float = 60.0
     """How long a request waits for an expert that no live worker hosts, before it fails (503)."""
+    report_interval_ms: float = 1_000.0
+    """How often a worker sends its counters to the orchestrator."""
     shutdown_grace_s: float = 5.0
     """Between SIGTERM and SIGKILL of a worker that is told to stop."""
     max_failovers_per_request: int = 3
+
+    # --- node agent (5.4)
+    start_failures_max: int = 2
+    """A worker that ends by itself this often before the cluster was ever ready makes `serve` give up."""
+    orchestrator_restarts_max: int = 5
+    """Restarts of the orchestrator within orchestrator_restart_window_s before `serve` gives up."""
+    orchestrator_restart_window_s: float = 60.0
+    replacement_nice: int = 0
+    """Niceness (0..19) of a replacement worker until it is ready; ignored where it could not be undone."""
+    worker_overhead_bytes: int = 512 << 20
+    """Private memory of one worker besides weights and KV cache, for the check before the start."""
+    log_line_bytes_max: int = 8_192
+    """Longer lines of a worker's output are cut in pieces."""
 
     # --- bounds of frames and queues
     control_frame_bytes_max: int = 16 << 20

@@ -55,7 +55,11 @@ class RefusalReason(enum.IntEnum):
 
 
 class DataFrame(NamedTuple):
-    """One doorbell. Sizes: ``pairs`` counts (token, expert) rows; ``step`` counts the AW's forward passes."""
+    """One doorbell.
+
+    ``pairs`` counts the (token, expert) rows of this frame, which lie in the region from row ``first`` on
+    (a replay is appended behind the rows that were sent before it); ``step`` counts the AW's forward passes.
+    """
 
     kind: int
     layer: int
@@ -64,6 +68,7 @@ class DataFrame(NamedTuple):
     pairs: int
     step: int
     flags: int = 0
+    first: int = 0
 
 
 DATA_MAGIC: Final = 0x4E524754  # "TGRN"
@@ -83,7 +88,7 @@ def pack_data(frame: DataFrame) -> bytes:
         frame.pairs,
         frame.flags,
         frame.step,
-        0,
+        frame.first,
         0,
     )
 
@@ -92,12 +97,12 @@ def unpack_data(raw: bytes | bytearray | memoryview) -> DataFrame:
     """Decode one data frame; raise ProtocolError on a wrong length, magic, version or kind."""
     if len(raw) != DATA_FRAME_BYTES:
         raise ProtocolError(f"data frame of {len(raw)} bytes, expected {DATA_FRAME_BYTES}")
-    magic, version, kind, layer, sender, receiver, pairs, flags, step, _, _ = _DATA_STRUCT.unpack(raw)
+    magic, version, kind, layer, sender, receiver, pairs, flags, step, first, _ = _DATA_STRUCT.unpack(raw)
     if magic != DATA_MAGIC or version != PROTOCOL_VERSION:
         raise ProtocolError(f"data frame with magic {magic:#x}, version {version}")
     if not DataKind.STEP_BEGIN <= kind <= DataKind.DRAINING:
         raise ProtocolError(f"data frame of unknown kind {kind}")
-    return DataFrame(kind, layer, sender, receiver, pairs, step, flags)
+    return DataFrame(kind, layer, sender, receiver, pairs, step, flags, first)
 
 
 # ------------------------------------------------------------------ control messages

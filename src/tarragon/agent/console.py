@@ -1,0 +1,100 @@
+"""What the user of `tarragon serve` sees until the cluster is ready; runs in a child process of its own.
+
+The node agent must stay single-threaded and is busy importing for seconds;
+this process may draw as it likes. It ends once the ready line is out.
+"""
+
+from __future__ import annotations
+
+import http.client
+import signal
+import time
+from typing import Any, Final, NoReturn
+
+from tarragon.admin import AdminClient, AdminError
+from tarragon.config import Config
+
+_POLL_S: Final = 0.1
+
+
+def reachable_host(host: str) -> str:
+    """Where a server that listens at ``host`` is reached from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+
+
+def base_url(host: str, port: int) -> str:
+    host = reachable_host(host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def ready_line(config: Config, status: dict[str, Any], seconds: float) -> str:
+    """The one line on stdout that says where the API is and what stands behind it."""
+    healthy = [worker for worker in status.get("workers", []) if worker.get("state") == "healthy"]
+    attention = sum(worker.get("role") == "attention" for worker in healthy)
+    expert = sum(worker.get("role") == "expert" for worker in healthy)
+    url = base_url(config.host, config.port)
+    return f"ready: {url}/v1 ({attention} attention + {expert} expert workers, {seconds:.1f} s)"
+
+
+def progress_text(config: Config, status: dict[str, Any] | None) -> str:
+    """What is being waited for, in words."""
+    if status is None:
+        return "starting"
+    workers = status.get("workers", [])
+    if not any(worker.get("pid") and worker.get("role") != "orchestrator" for worker in workers):
+        return "importing torch and vLLM"
+    wanted = {"attention": config.attention_workers, "expert": config.expert_workers, "gateway": 1}
+    parts = []
+    for role, count in wanted.items():
+        ready = sum(worker.get("role") == role and worker.get("state") == "healthy" for worker in workers)
+        parts.append(f"gateway {'ready' if ready else 'starting'}" if role == "gateway" else f"{role} {ready}/{count}")
+    return "workers: " + ", ".join(parts)
+
+
+def is_healthy(config: Config) -> bool:
+    """Whether GET /health of the gateway is 200."""
+    connection = http.client.HTTPConnection(reachable_host(config.host), config.port, timeout=config.connect_timeout_s)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def watch(config: Config, started_s: float) -> None:
+    """Show progress on stderr until the cluster serves, then print the ready line on stdout.
+
+    ``started_s`` is on the monotonic clock.
+    """
+    from rich.console import Console
+
+    signal.signal(signal.SIGTERM, _leave)  # so that the terminal's cursor comes back
+    admin = AdminClient(reachable_host(config.admin_host), config.admin_port, timeout_s=config.connect_timeout_s)
+    console = Console(stderr=True)
+    shown = ""
+    with console.status("starting") as spinner:
+        while True:
+            status = _status(admin)
+            if status is not None and status.get("ready") and is_healthy(config):
+                break
+            text = progress_text(config, status)
+            if text != shown:
+                shown = text
+                spinner.update(text)
+                if not console.is_terminal:
+                    console.print(f"{text} ({time.monotonic() - started_s:.1f} s)", highlight=False)
+            time.sleep(_POLL_S)
+    print(ready_line(config, status, time.monotonic() - started_s), flush=True)
+
+
+def _status(admin: AdminClient) -> dict[str, Any] | None:
+    try:
+        return admin.status()
+    except AdminError:
+        return None
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    raise SystemExit(1)

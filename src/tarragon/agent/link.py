@@ -1,0 +1,148 @@
+"""The agent's link to the orchestrator, dialled again whenever it breaks, and the budget of restarts."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Literal
+
+from tarragon.agent.log import LogWriter
+from tarragon.config import Config
+from tarragon.messages import Control, Hello, ProtocolError
+from tarragon.transport.local import Connection, dial
+
+_DIAL_SLICE_S: Final = 0.1
+"""One attempt to reach the orchestrator; between two of them the agent's loop turns."""
+_UNSENT_MAX: Final = 1_024
+
+Dialled = Literal["connected", "not yet", "given up"]
+
+
+class OrchestratorLink:
+    """Owns the connection and its place in the selector; what cannot be sent waits for the next one."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        on_readable: Callable[[], None],
+        address: str,
+        secret: bytes,
+        config: Config,
+        log: LogWriter,
+    ) -> None:
+        self._selector = selector
+        self._on_readable = on_readable
+        self._address = address
+        self._secret = secret
+        self._config = config
+        self._log = log
+        self._connection: Connection | None = None
+        self._unsent: deque[Control] = deque(maxlen=_UNSENT_MAX)
+        self._dial_until_s: float | None = None
+        self._known_epoch = 0
+
+    @property
+    def is_dialling(self) -> bool:
+        return self._dial_until_s is not None
+
+    @property
+    def was_ever_up(self) -> bool:
+        return self._known_epoch > 0
+
+    def begin(self) -> None:
+        """Drop the connection and dial from the next ``turn`` on, for ``connect_timeout_s``."""
+        self.end()
+        self._dial_until_s = time.monotonic() + self._config.connect_timeout_s
+
+    def end(self) -> None:
+        """Drop the connection and stop dialling."""
+        self._dial_until_s = None
+        if self._connection is not None:
+            self._selector.unregister(self._connection)
+            self._connection.close()
+            self._connection = None
+
+    def release(self) -> None:
+        """In a forked child: close the inherited descriptor, and nothing else."""
+        if self._connection is not None:
+            self._connection.close()
+
+    def turn(self, epoch: int, living: Callable[[], Sequence[Control]]) -> Dialled:
+        """Try once to reach the orchestrator of ``epoch``.
+
+        The first words are our Hello. An orchestrator of a new generation then
+        hears of ``living``, the workers that it has to adopt; one that we have
+        lost for a moment hears what it missed.
+        """
+        assert self._dial_until_s is not None
+        try:
+            connection = dial(
+                self._address,
+                self._secret,
+                timeout_s=_DIAL_SLICE_S,
+                frame_bytes_max=self._config.control_frame_bytes_max,
+            )
+        except (TimeoutError, ProtocolError, OSError):
+            if time.monotonic() < self._dial_until_s:
+                return "not yet"
+            self._dial_until_s = None
+            return "given up"
+        self._dial_until_s = None
+        self._connection = connection
+        self._selector.register(connection, selectors.EVENT_READ, self._on_readable)
+        missed = list(self._unsent) if epoch == self._known_epoch else list(living())
+        self._unsent.clear()
+        self._known_epoch = epoch
+        for message in [
+            Hello(worker_id="agent", role="orchestrator", epoch=epoch, pid=os.getpid(), address=""),
+            *missed,
+        ]:
+            self.send(message)
+        return "connected"
+
+    def send(self, message: Control) -> None:
+        """Send ``message`` now, or keep it for the next connection."""
+        if self._connection is not None:
+            try:
+                self._connection.send_control(message)
+                return
+            except ConnectionError:
+                self.begin()
+        if not isinstance(message, Hello):
+            self._unsent.append(message)
+
+    def receive(self) -> Control | None:
+        """Next message if one is complete; a broken link is dialled again."""
+        if self._connection is None:
+            return None
+        try:
+            message = self._connection.recv_control(timeout_s=0)
+        except TimeoutError:  # part of a frame: the rest will wake us again
+            return None
+        except ProtocolError as error:
+            self._log.write("agent", [f"the link to the orchestrator broke: {error}"])
+            message = None
+        if message is None:
+            self.begin()
+        return message
+
+
+class RestartBudget:
+    """At most so many restarts within a sliding window. Pure: the time comes in."""
+
+    def __init__(self, restarts_max: int, window_s: float) -> None:
+        self._restarts_max = restarts_max
+        self._window_s = window_s
+        self._spent_s: deque[float] = deque()
+
+    def spend(self, now_s: float) -> bool:
+        """Take one restart; false if none is left."""
+        while self._spent_s and self._spent_s[0] <= now_s - self._window_s:
+            self._spent_s.popleft()
+        if len(self._spent_s) >= self._restarts_max:
+            return False
+        self._spent_s.append(now_s)
+        return True

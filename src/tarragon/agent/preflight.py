@@ -1,0 +1,80 @@
+"""What can be known to go wrong before any process is started: ports and memory."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from pathlib import Path
+
+from tarragon.config import Config
+
+
+class PreflightError(ValueError):
+    """This host cannot run the cluster that was asked for; the text is one sentence."""
+
+
+def check_ports(config: Config) -> None:
+    """Raise PreflightError unless both TCP ports can be bound."""
+    if config.port == config.admin_port:
+        raise PreflightError(f"port and admin_port must differ, but both are {config.port}")
+    for host, port, flag in (
+        (config.host, config.port, "--port"),
+        (config.admin_host, config.admin_port, "--admin-port"),
+    ):
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PreflightError(f"port {port} of {host} is taken: choose another with {flag}") from error
+            raise PreflightError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+
+
+def memory_needed_bytes(config: Config, attention_bytes: int, expert_bytes: int) -> int:
+    """Bytes that the cluster will use.
+
+    ``attention_bytes`` are one attention worker's weights, ``expert_bytes``
+    all experts once; shadows lie on other workers than their primaries, so
+    there are at most as many copies as expert workers (5.3).
+    """
+    copies = 1 + min(config.shadow_replicas, config.expert_workers - 1)
+    experts = expert_bytes * copies
+    if config.expert_memory_bytes_max:
+        experts = min(experts, config.expert_memory_bytes_max * config.expert_workers)
+    workers = config.attention_workers + config.expert_workers
+    per_attention = attention_bytes + config.kv_cache_bytes
+    return experts + config.attention_workers * per_attention + workers * config.worker_overhead_bytes
+
+
+def memory_available_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be used without swapping: the kernel's estimate, or less where a cgroup says so."""
+    values = {}
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) << 10
+    available = values["MemAvailable"]
+    group = root / "sys/fs/cgroup"
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return available
+    used -= int(stat.get("inactive_file", 0))  # the kernel drops these pages before it refuses any
+    return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def check_memory(config: Config, attention_bytes: int, expert_bytes: int, available_bytes: int) -> None:
+    """Raise PreflightError if the cluster does not fit into ``available_bytes``."""
+    needed = memory_needed_bytes(config, attention_bytes, expert_bytes)
+    if needed > available_bytes:
+        copies = 1 + min(config.shadow_replicas, config.expert_workers - 1)
+        raise PreflightError(
+            f"{needed / 1e9:.1f} GB of memory are needed ({expert_bytes / 1e9:.1f} GB of experts x {copies}, "
+            f"{config.attention_workers} attention workers with {attention_bytes / 1e9:.1f} GB of weights and "
+            f"{config.kv_cache_bytes / 1e9:.1f} GB of KV cache each), but {available_bytes / 1e9:.1f} GB are available"
+        )

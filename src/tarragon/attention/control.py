@@ -1,0 +1,210 @@
+"""The attention worker's control thread: orchestrator, links to expert workers, gateway connections.
+
+It never touches the engine: what it learns goes to REFE and to the engine loop
+through their mailboxes.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import threading
+import time
+
+from tarragon.boot import Boot
+from tarragon.messages import (
+    Control,
+    Hello,
+    Message,
+    Peer,
+    Ready,
+    Refused,
+    Report,
+    Stop,
+    Suspicion,
+    Table,
+    TableAck,
+    TableUpdate,
+    Welcome,
+)
+from tarragon.refe.engine import LinkDown, NewLink, NewTable, Refe
+from tarragon.transport.link import DataLink, LinkRefused, Offer
+from tarragon.transport.local import Connection, Listener, dial
+from tarragon.transport.region import RegionShape
+
+
+class ControlThread(threading.Thread):
+    """Dials the orchestrator, keeps one data link per live expert worker, accepts the gateway.
+
+    ``gateways`` delivers accepted connections; ``wake_fd`` becomes readable with each.
+    """
+
+    def __init__(self, boot: Boot, refe: Refe, region: RegionShape) -> None:
+        super().__init__(name="control", daemon=True)
+        self.boot, self.refe, self.region = boot, refe, region
+        self.gateways: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.stopping = threading.Event()
+        config = boot.config
+        self._listener = Listener(
+            boot.address,
+            boot.secret,
+            frame_bytes_max=config.engine_frame_bytes_max,
+            handshake_timeout_s=config.handshake_timeout_s,
+        )
+        self._orchestrator = dial(
+            boot.orchestrator_address,
+            boot.secret,
+            timeout_s=config.connect_timeout_s,
+            frame_bytes_max=config.control_frame_bytes_max,
+        )
+        self._send_lock = threading.Lock()
+        self._dialled: set[tuple[str, int]] = set()
+        self._linked: set[tuple[str, int]] = set()
+        self._table: Table | None = None
+        self._changed = threading.Condition()
+
+    # ------------------------------------------------------------------ called by the engine thread
+
+    def lost(self, peer: Peer, cause: str) -> None:
+        """Tell the orchestrator that the link to ``peer`` died."""
+        with self._changed:
+            self._linked.discard((peer.worker_id, peer.epoch))
+        self.send(
+            Suspicion(
+                reporter_id=self.boot.worker_id,
+                suspect_id=peer.worker_id,
+                suspect_epoch=peer.epoch,
+                cause=cause,
+            )
+        )
+
+    def acknowledge(self, version: int) -> None:
+        self.send(TableAck(worker_id=self.boot.worker_id, epoch=self.boot.epoch, version=version))
+
+    def send(self, message: Control) -> None:
+        """Send to the orchestrator; its absence is not this worker's failure."""
+        with self._send_lock:
+            try:
+                self._orchestrator.send_control(message)
+            except (ConnectionError, TimeoutError):
+                return
+
+    def ready(self, fingerprint: str, inexact_reason: str) -> None:
+        """Wait for the links to all expert workers of the first table, then report ready (5.4)."""
+        deadline = time.monotonic() + self.boot.config.worker_ready_timeout_s
+        with self._changed:
+            while not self._all_linked():
+                if not self._changed.wait(timeout=deadline - time.monotonic()):
+                    raise TimeoutError("no expert worker came up in time")
+        self.send(
+            Ready(
+                worker_id=self.boot.worker_id,
+                epoch=self.boot.epoch,
+                fingerprint=fingerprint,
+                exact=not inexact_reason,
+                inexact_reason=inexact_reason,
+            )
+        )
+
+    def report(self) -> None:
+        self.send(
+            Report(
+                worker_id=self.boot.worker_id,
+                epoch=self.boot.epoch,
+                counters=self.refe.counters.as_dict(),
+            )
+        )
+
+    # ------------------------------------------------------------------ the thread
+
+    def run(self) -> None:
+        boot = self.boot
+        self.send(
+            Hello(
+                worker_id=boot.worker_id,
+                role=boot.role,
+                epoch=boot.epoch,
+                pid=os.getpid(),
+                address=boot.address,
+            )
+        )
+        poll = select.poll()
+        poll.register(self._orchestrator.fileno(), select.POLLIN)
+        threading.Thread(target=self._accept_forever, name="acceptor", daemon=True).start()
+        while not self.stopping.is_set():
+            if poll.poll(boot.config.report_interval_ms):
+                self._from_orchestrator()
+            self.report()
+
+    def _accept_forever(self) -> None:
+        while not self.stopping.is_set():
+            try:
+                connection = self._listener.accept()
+            except (ConnectionError, TimeoutError, ValueError):
+                continue  # refused and counted by the listener
+            self.gateways.put(connection)
+            os.eventfd_write(self.wake_fd, 1)
+
+    def _from_orchestrator(self) -> None:
+        try:
+            message = self._orchestrator.recv_control()
+        except ConnectionError:
+            message = None
+        match message:
+            case Welcome(table=table) | TableUpdate(table=table):
+                self._take_table(table)
+            case None | Stop() | Refused():
+                self.stopping.set()
+                os.eventfd_write(self.wake_fd, 1)
+            case Message():
+                pass
+
+    def _take_table(self, table: Table) -> None:
+        with self._changed:
+            self._table = table
+            live = {(peer.worker_id, peer.epoch) for peer in table.workers}
+            gone = self._linked - live
+            self._linked &= live
+            self._changed.notify_all()
+        for worker_id, epoch in gone:
+            self.refe.post(LinkDown(worker_id, epoch, "left the table"))
+        self.refe.post(NewTable(table))
+        for peer in table.workers:
+            if (peer.worker_id, peer.epoch) not in self._dialled:
+                self._dialled.add((peer.worker_id, peer.epoch))
+                threading.Thread(target=self._link, args=(peer,), daemon=True).start()
+
+    def _link(self, peer: Peer) -> None:
+        """Set up the data link to one expert worker; on failure the orchestrator hears of it."""
+        config = self.boot.config
+        offer = Offer(
+            worker_id=self.boot.worker_id,
+            epoch=self.boot.epoch,
+            peer_epoch=peer.epoch,
+            shape=self.region,
+        )
+        try:
+            connection = dial(
+                peer.address,
+                self.boot.secret,
+                timeout_s=config.connect_timeout_s,
+                frame_bytes_max=config.control_frame_bytes_max,
+            )
+            link = DataLink.offer(connection, offer)
+        except (ConnectionError, TimeoutError, LinkRefused, ValueError) as error:
+            self.lost(peer, f"no data link: {error}")
+            return
+        self.refe.post(NewLink(peer, link))
+        with self._changed:
+            self._linked.add((peer.worker_id, peer.epoch))
+            self._changed.notify_all()
+
+    def _all_linked(self) -> bool:
+        table = self._table
+        return (
+            table is not None
+            and bool(table.workers)
+            and all((peer.worker_id, peer.epoch) in self._linked for peer in table.workers)
+        )

@@ -1,0 +1,55 @@
+"""vLLM's engine core inside this process, with the experts elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tarragon import native
+from tarragon.attention import exact, randomness, remote_experts, runner
+from tarragon.boot import Boot
+from tarragon.models.shape import MoeModel
+from tarragon.refe.engine import Refe
+
+__all__ = ["build_engine", "fingerprint", "prepare", "randomness"]
+
+
+def prepare(refe: Refe, model: MoeModel, threads: int) -> None:
+    """Put Tarragon's parts into vLLM's seams. Once per process, before the engine is built."""
+    torch.set_num_threads(threads)
+    native.load()
+    exact.install()
+    runner.install()
+    remote_experts.register(refe, model.moe_layers)
+    _skip_expert_weights()
+
+
+def build_engine(boot: Boot, vllm_config: Any) -> Any:
+    """Build vLLM's EngineCore (scheduler, paged KV cache, model) in this process.
+
+    Raises whatever vLLM raises for a model or flags that it cannot serve.
+    """
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    del boot
+    return EngineCore(vllm_config, UniProcExecutor, log_stats=True)
+
+
+def fingerprint(model: MoeModel) -> str:
+    """What must be equal for two workers to give the same bits (promise 3)."""
+    from vllm.version import __version__ as vllm_version
+
+    isa = "amx" if torch.cpu._is_amx_tile_supported() else torch.backends.cpu.get_cpu_capability()
+    return f"vllm {vllm_version}, torch {torch.__version__}, {isa}, {model.dtype}"
+
+
+def _skip_expert_weights() -> None:
+    """Make vLLM's loader pass over every per-expert tensor before it reads it: no expert is local."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    def no_local_experts(self: Any, model_config: Any) -> None:
+        self.local_expert_ids = set()
+
+    DefaultModelLoader._init_ep_weight_filter = no_local_experts

@@ -1,0 +1,155 @@
+"""The attention worker's side of its link to the gateway: requests in, tokens out."""
+
+from __future__ import annotations
+
+import select
+import sys
+from typing import Any
+
+from tarragon.attention.control import ControlThread
+from tarragon.gateway.wire import (
+    FROM_GATEWAY,
+    Abort,
+    Add,
+    Attach,
+    Codec,
+    Facts,
+    Message,
+    Outputs,
+    Utility,
+    UtilityResult,
+)
+from tarragon.messages import ProtocolError
+from tarragon.transport.local import Connection
+
+
+class Requests:
+    """Owns the gateway link of an engine; called by the engine thread alone.
+
+    One gateway is attached at a time. When it goes away, or a newer one attaches,
+    its requests are aborted: nobody would read their tokens.
+    """
+
+    def __init__(self, engine: Any, control: ControlThread, vllm_config: Any) -> None:
+        self._engine = engine
+        self._control = control
+        self._vllm_config = vllm_config
+        self._codec = Codec(FROM_GATEWAY)
+        self._link: Connection | None = None
+        self._gateway_epoch = -1
+        self._attempts: dict[str, int] = {}
+        self._poll = select.poll()
+
+    # ------------------------------------------------------------------ in
+
+    def take_up(self, idle_poll: Any) -> None:
+        """Handle everything that has arrived, without waiting; ``idle_poll`` follows the link's descriptor."""
+        self._attach_newcomers(idle_poll)
+        while self._link is not None and self._poll.poll(0):
+            try:
+                frame = self._link.recv(self._control.boot.config.handshake_timeout_s)
+                if frame is None:
+                    self._detach(idle_poll, "the gateway closed its link")
+                    return
+                self._handle(self._codec.decode(frame))
+            except (ConnectionError, TimeoutError, ProtocolError) as error:
+                self._detach(idle_poll, str(error))
+
+    def _attach_newcomers(self, idle_poll: Any) -> None:
+        while not self._control.gateways.empty():
+            connection = self._control.gateways.get_nowait()
+            try:
+                frame = connection.recv(self._control.boot.config.handshake_timeout_s)
+                message = self._codec.decode(frame or b"")
+                if not isinstance(message, Attach) or message.worker_epoch != self._control.boot.epoch:
+                    raise ProtocolError("the first message must attach to this incarnation")
+                if message.gateway_epoch < self._gateway_epoch:
+                    raise ProtocolError(f"gateway epoch {message.gateway_epoch} is stale")
+                connection.send(self._codec.encode(self._facts()))
+            except (ConnectionError, TimeoutError, ProtocolError) as error:
+                print(f"refused a gateway link: {error}", file=sys.stderr)
+                connection.close()
+                continue
+            if self._link is not None:
+                self._detach(idle_poll, "a newer gateway attached")
+            self._link, self._gateway_epoch = connection, message.gateway_epoch
+            self._poll.register(connection.fileno(), select.POLLIN)
+            idle_poll.register(connection.fileno(), select.POLLIN)
+
+    def _detach(self, idle_poll: Any, cause: str) -> None:
+        link = self._link
+        if link is None:
+            return
+        print(f"gateway link ended: {cause}", file=sys.stderr)
+        self._poll.unregister(link.fileno())
+        idle_poll.unregister(link.fileno())
+        link.close()
+        self._link = None
+        if self._attempts:
+            self._engine.abort_requests(list(self._attempts))
+            self._attempts.clear()
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Add():
+                self._add(message)
+            case Abort():
+                known = [
+                    name for name, attempt in message.attempts.items() if self._attempts.get(name) == attempt
+                ]
+                for name in known:
+                    del self._attempts[name]
+                self._engine.abort_requests(known)
+            case Utility():
+                self._send(self._call(message))
+            case _:
+                raise ProtocolError(f"{type(message).__name__} after the first message")
+
+    def _add(self, message: Add) -> None:
+        request, wave = self._engine.preprocess_add_request(message.request)
+        self._attempts[request.request_id] = message.attempt
+        self._engine.add_request(request, wave)
+
+    def _call(self, utility: Utility) -> UtilityResult:
+        try:
+            return UtilityResult(
+                call_id=utility.call_id, result=getattr(self._engine, utility.name)(*utility.args)
+            )
+        except Exception as error:  # the gateway turns it into an error of its caller
+            return UtilityResult(call_id=utility.call_id, failure=f"{type(error).__name__}: {error}")
+
+    # ------------------------------------------------------------------ out
+
+    def deliver(self, outputs: dict[int, Any]) -> None:
+        """Send what one step produced; drop what belongs to nobody any more."""
+        for step in outputs.values():
+            step.outputs = [output for output in step.outputs if output.request_id in self._attempts]
+            attempts = {output.request_id: self._attempts[output.request_id] for output in step.outputs}
+            for output in step.outputs:
+                if output.finished:
+                    del self._attempts[output.request_id]
+            step.finished_requests = None
+            if step.outputs or step.scheduler_stats is not None:
+                self._send(Outputs(attempts=attempts, outputs=step))
+
+    def _send(self, message: Message) -> None:
+        if self._link is None:
+            return
+        try:
+            self._link.send(self._codec.encode(message))
+        except ConnectionError:
+            return  # the next take_up sees the end of file and detaches
+
+    def _facts(self) -> Facts:
+        cache, scheduler = self._vllm_config.cache_config, self._vllm_config.scheduler_config
+        boot = self._control.boot
+        return Facts(
+            worker_id=boot.worker_id,
+            epoch=boot.epoch,
+            max_model_len=self._vllm_config.model_config.max_model_len,
+            num_gpu_blocks=cache.num_gpu_blocks or 0,
+            block_size=cache.block_size,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            kv_cache_size_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
+        )

@@ -1,0 +1,69 @@
+"""The attention worker's process: take requests from the gateway, step the engine, return tokens."""
+
+from __future__ import annotations
+
+import select
+import sys
+from typing import Any
+
+from tarragon.attention.control import ControlThread
+from tarragon.attention.engine import build_engine, fingerprint, prepare
+from tarragon.attention.exact import inexact_reason
+from tarragon.attention.requests import Requests
+from tarragon.boot import Boot
+from tarragon.models.shape import MoeModel, read_model
+from tarragon.refe.engine import Refe
+from tarragon.transport.region import RegionShape
+
+
+def main(boot: Boot) -> None:
+    """Run one attention worker until it is told to stop. The process ends with it."""
+    from tarragon.gateway.flags import engine_config
+
+    model = read_model(boot.model)
+    vllm_config = engine_config(boot)
+    tokens_max = vllm_config.scheduler_config.max_num_batched_tokens
+    control, refe = _connect(boot, model, tokens_max)
+    prepare(refe, model, boot.threads)
+    control.start()
+    engine = build_engine(boot, vllm_config)
+    control.ready(fingerprint(model), inexact_reason())
+    serve(engine, refe, control, vllm_config)
+    control.stopping.set()
+
+
+def _connect(boot: Boot, model: MoeModel, tokens_max: int) -> tuple[ControlThread, Refe]:
+    pairs_max = tokens_max * model.top_k
+    refe = Refe(
+        layers=len(model.moe_layers),
+        experts=model.experts,
+        top_k=model.top_k,
+        pairs_max=pairs_max,
+        epoch=boot.epoch,
+        config=boot.config,
+        on_lost=lambda peer, cause: control.lost(peer, cause),
+        on_table=lambda version: control.acknowledge(version),
+    )
+    region = RegionShape(dtype=model.dtype, hidden=model.hidden, pairs_max=pairs_max)
+    control = ControlThread(boot, refe, region)
+    return control, refe
+
+
+def serve(engine: Any, refe: Refe, control: ControlThread, vllm_config: Any) -> None:
+    """The loop: drain the mailboxes, run one step, send what it produced."""
+    requests = Requests(engine, control, vllm_config)
+    poll = select.poll()
+    for fd in (refe.fileno(), control.wake_fd):
+        poll.register(fd, select.POLLIN)
+    while not control.stopping.is_set():
+        busy = engine.scheduler.has_requests()
+        if not busy:
+            refe.end_step()
+            poll.poll()
+            refe.take_posts()
+        requests.take_up(poll)
+        if engine.scheduler.has_requests():
+            outputs, executed = engine.step()
+            engine.post_step(executed)
+            requests.deliver(outputs)
+    print("attention worker: told to stop", file=sys.stderr)

@@ -1,0 +1,264 @@
+"""The ``tarragon`` command. Every import that costs time is inside the command that needs it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from tarragon import config as config_module
+from tarragon.admin import AdminClient
+from tarragon.cluster import STOP_WITH_PID
+from tarragon.options import with_settings
+
+USAGE_EXIT_CODE: Final = 2
+_TOP_POLL_S: Final = 1.0
+_DEMO: Final = "demo"
+
+app = typer.Typer(
+    help="Serve mixture-of-experts models from workers that may die: no reader can tell.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # it would print local variables, secrets among them
+)
+_PASS_ON: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
+_WorkerId = Annotated[str, typer.Argument(metavar="ID", help="Such as aw-0, ew-1 or gateway.")]
+_AdminHost = Annotated[str | None, typer.Option(help="Where the cluster's admin API listens.")]
+_AdminPort = Annotated[int | None, typer.Option(help="Port of the cluster's admin API.")]
+
+
+def main() -> int:
+    """Run the command line; return the exit code: 2 and one sentence on stderr for a user's fault."""
+    try:
+        with _one_sentence():
+            return int(app(standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        _complain(error.format_message())
+        return USAGE_EXIT_CODE
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn a user's fault (a ValueError that one of our modules defines) into one sentence and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        if not type(error).__module__.startswith("tarragon."):
+            raise
+        _complain(str(error))
+        raise typer.Exit(USAGE_EXIT_CODE) from error
+
+
+def _complain(sentence: str) -> None:
+    print(f"tarragon: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------ serve
+
+
+@app.command(context_settings=_PASS_ON)
+@with_settings
+def serve(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint in Hugging Face form, or the word demo.")],
+    config: Annotated[Path | None, typer.Option(help="TOML file with a [tarragon] table.")] = None,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Serve MODEL at an OpenAI-compatible API; any flag of `vllm serve` passes through to the engine."""
+    from tarragon.agent import console, environment, preflight
+
+    environment.prepare()
+    started_s = time.monotonic()
+    if model.startswith("-"):
+        raise typer.BadParameter(f"MODEL must come before the flags that pass through, but {model} is in its place")
+    merged = config_module.load(config, flags=settings)
+    from tarragon.gateway.flags import split_flags
+    from tarragon.models.shape import read_model
+
+    engine_args = split_flags(ctx.args)
+    folder = _demo_model() if model == _DEMO else Path(model)
+    shape = read_model(folder)
+    preflight.check_ports(merged)
+    preflight.check_memory(
+        merged, shape.attention_bytes, shape.expert_bytes, preflight.memory_available_bytes()
+    )
+    from tarragon.agent.agent import NodeAgent
+
+    agent = NodeAgent(
+        merged,
+        str(folder),
+        engine_args=engine_args,
+        console=partial(console.watch, merged, started_s),
+        stop_with_pid=int(os.environ.get(STOP_WITH_PID, 0)),
+    )
+    raise typer.Exit(agent.run())
+
+
+# ------------------------------------------------------------------ a running cluster
+
+
+def _admin(host: str | None, port: int | None) -> AdminClient:
+    from tarragon.agent.console import reachable_host
+
+    config = config_module.load(flags={"admin_host": host, "admin_port": port})
+    return AdminClient(reachable_host(config.admin_host), config.admin_port, timeout_s=config.connect_timeout_s)
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the machine-readable contract.")] = False,
+    admin_host: _AdminHost = None,
+    admin_port: _AdminPort = None,
+) -> None:
+    """Show the workers of a running cluster and where its experts are."""
+    found = _admin(admin_host, admin_port).status()
+    if as_json:
+        print(json.dumps(found))
+        return
+    from rich.console import Console
+
+    from tarragon.tables import summary, workers_table
+
+    console = Console()
+    console.print(summary(found), highlight=False)
+    console.print(workers_table(found))
+
+
+@app.command()
+def top(admin_host: _AdminHost = None, admin_port: _AdminPort = None) -> None:
+    """Show the workers of a running cluster, again every second, until Ctrl-C."""
+    from rich.console import Group
+    from rich.live import Live
+
+    from tarragon.tables import summary, workers_table
+
+    admin = _admin(admin_host, admin_port)
+    with Live() as live:
+        while True:
+            found = admin.status()
+            live.update(Group(summary(found), workers_table(found)))
+            time.sleep(_TOP_POLL_S)
+
+
+@app.command()
+def kill(
+    worker_id: _WorkerId,
+    signal: Annotated[str, typer.Option(help="Name of the signal, such as SIGKILL or SIGSTOP.")] = "SIGKILL",
+    admin_host: _AdminHost = None,
+    admin_port: _AdminPort = None,
+) -> None:
+    """Send a signal to one worker."""
+    _admin(admin_host, admin_port).kill(worker_id, signal)
+    print(f"{worker_id}: {signal} sent")
+
+
+@app.command()
+def drain(worker_id: _WorkerId, admin_host: _AdminHost = None, admin_port: _AdminPort = None) -> None:
+    """Move one worker's work to the others, then stop it."""
+    _admin(admin_host, admin_port).drain(worker_id)
+    print(f"{worker_id}: draining")
+
+
+@app.command()
+def add(
+    role: Annotated[str, typer.Argument(metavar="attention|expert")],
+    admin_host: _AdminHost = None,
+    admin_port: _AdminPort = None,
+) -> None:
+    """Start one more attention or expert worker."""
+    if role not in ("attention", "expert"):
+        raise typer.BadParameter(f'a worker can be added as "attention" or "expert", but not as "{role}"')
+    answer = _admin(admin_host, admin_port).add(role)
+    print(f"{answer.get('worker_id', role)}: starting")
+
+
+# ------------------------------------------------------------------ models, demo, benchmarks
+
+
+@app.command("demo-model")
+def demo_model(
+    directory: Annotated[Path | None, typer.Argument(help="Where to put it; default: the cache folder.")] = None,
+    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
+    layers: Annotated[int, typer.Option(help="Layers; 0 keeps all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the experts' perturbations and the gates.")] = 0,
+) -> None:
+    """Make the demo model: a small chat model, sparsely upcycled to a mixture of experts."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from tarragon.models.demo import build_demo_model
+
+    with Progress(console=Console(stderr=True)) as progress:
+        bars: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=total)
+            progress.update(bars[stage], completed=done, total=total)
+
+        built = build_demo_model(directory, experts=experts, layers=layers, seed=seed, progress=show)
+    print(built)
+
+
+@app.command()
+def demo() -> None:
+    """Serve the demo model from 2 + 2 workers, chat with it, and show who did what."""
+    from tarragon.demo import main as run_demo
+
+    raise typer.Exit(run_demo([]))
+
+
+@app.command(context_settings=_PASS_ON)
+def bench(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="Which benchmark; its own flags follow.")],
+) -> None:
+    """Run one benchmark; each takes --json FILE and --plot FILE.png."""
+    if not re.fullmatch(r"[a-z0-9_-]+", name) or not _module_exists(f"tarragon.bench.{name.replace('-', '_')}"):
+        raise typer.BadParameter(f"there is no benchmark {name}; there are: {', '.join(_benchmarks()) or 'none'}")
+    raise typer.Exit(_run_module(f"tarragon.bench.{name.replace('-', '_')}", ctx.args))
+
+
+@app.command(context_settings=_PASS_ON)
+def simulate(ctx: typer.Context) -> None:
+    """Run the pure parts of the system against seeded failures, faster than time."""
+    raise typer.Exit(_run_module("tarragon.simulate", ctx.args))
+
+
+def _run_module(name: str, args: list[str]) -> int:
+    return int(importlib.import_module(name).main(args))
+
+
+def _module_exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _benchmarks() -> list[str]:
+    package = importlib.util.find_spec("tarragon.bench")
+    folders = (package.submodule_search_locations or []) if package else []
+    return sorted(module.name for module in pkgutil.iter_modules(folders) if not module.name.startswith("_"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

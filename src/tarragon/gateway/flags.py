@@ -1,0 +1,178 @@
+"""vLLM's flags in Tarragon: which pass through, which are refused, what Tarragon sets on top."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+from collections.abc import Iterator, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import msgspec
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from tarragon.boot import Boot
+from tarragon.config import Config
+from tarragon.gateway.flag_table import APPLIES, HARMLESS, OWN, REFUSED
+
+
+class FlagError(ValueError):
+    """A flag is unknown, malformed, or does not apply to Tarragon; the message is one sentence for the user."""
+
+
+class ModelRefused(ValueError):
+    """The checkpoint is of a kind that Tarragon does not serve; the message is one sentence for the user."""
+
+
+_DEFAULTS: Final = ("--disable-uvicorn-access-log", "--uvicorn-log-level=warning", "--aggregate-engine-logging")
+"""What the user's flags may override."""
+
+
+class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
+    def error(self, message: str) -> NoReturn:
+        raise FlagError(message)
+
+
+@functools.cache
+def serve_parser() -> FlexibleArgumentParser:
+    """Return vLLM's own parser of ``vllm serve``; it raises FlagError instead of ending the process."""
+    return make_arg_parser(_Parser(prog="tarragon serve", allow_abbrev=False, add_json_tip=False))
+
+
+def split_flags(argv: Sequence[str]) -> tuple[str, ...]:
+    """Check the flags of ``tarragon serve`` that are not Tarragon's own; return them for ``Boot.engine_args``.
+
+    Raises FlagError, with one sentence for the user, for the first flag that is unknown, malformed or does
+    not apply here. A refused flag that is given its harmless value (``--tensor-parallel-size 1``) passes.
+    """
+    parser = serve_parser()
+    given = dict(_given(parser, argv))
+    values = parse(argv)
+    for name, flag in given.items():
+        reason = OWN.get(name) or REFUSED.get(name)
+        if reason is not None and not _harmless(parser, name, getattr(values, name, None)):
+            raise FlagError(f"{flag} is refused: {reason}.")
+    if values.max_model_len == -1:
+        raise FlagError(
+            "--max-model-len auto is refused: gateway and workers must agree on a number before they start."
+        )
+    return tuple(argv)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse flags as ``vllm serve`` does; raise FlagError where it would end the process."""
+    try:
+        # parse_args changes lists of nested flags in place, so it gets its own.
+        values: argparse.Namespace = serve_parser().parse_args(list(argv))
+        validate_parsed_serve_args(values)
+    except FlagError:
+        raise
+    except (ValueError, TypeError, KeyError, argparse.ArgumentError) as error:
+        raise FlagError(str(error).removeprefix("Error: ")) from error
+    return values
+
+
+def _given(parser: FlexibleArgumentParser, argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (name in the table, flag as written) for each flag in ``argv``; raise FlagError for unknown ones."""
+    known: dict[str, argparse.Action] = parser._option_string_actions
+    for token in argv:
+        written = token.partition("=")[0]
+        if token.startswith("--"):
+            # Nested settings are written --name.key, and underscores pass for dashes.
+            flag = written.partition(".")[0].replace("_", "-")
+        elif token.startswith("-O"):
+            flag = "--optimization-level"
+        elif token.startswith("-") and token[1:2].isalpha() and " " not in token:
+            flag = written.partition(".")[0]
+        else:
+            continue
+        if flag not in known:
+            raise FlagError(f"{written} is not a setting of Tarragon or vLLM{_nearest(flag, known)}.")
+        yield known[flag].dest, written
+
+
+def _nearest(flag: str, known: Sequence[str] | dict[str, Any]) -> str:
+    own = [f"--{name.replace('_', '-')}" for name in Config.__struct_fields__]
+    close = difflib.get_close_matches(flag, [*own, *known], n=1)
+    return f"; did you mean {close[0]}?".removesuffix("?") if close else ""
+
+
+def _harmless(parser: FlexibleArgumentParser, name: str, value: Any) -> bool:
+    """Whether ``value`` asks for nothing that vLLM would not do anyway."""
+    if value is False or value == parser.get_default(name):
+        return name != "enable_flash_late_interaction" or value is True
+    return isinstance(value, (int, str)) and value in HARMLESS.get(name, ())
+
+
+def serve_args(boot: Boot) -> argparse.Namespace:
+    """Return the arguments of vLLM's API server: defaults, the user's flags, and Tarragon's own on top."""
+    config = boot.config
+    folder = Path(boot.model)
+    own = (
+        f"--model={boot.model}",
+        f"--host={config.host}",
+        f"--port={config.port}",
+        "--distributed-executor-backend=uni",
+        "--no-async-scheduling",
+        "--load-format=safetensors",
+        "--no-trust-remote-code",
+        f"--kv-cache-memory-bytes={config.kv_cache_bytes}",
+        f"--shutdown-timeout={int(config.shutdown_grace_s)}",
+    )
+    limits = (f"--max-num-queued-reqs={config.requests_live_max}",)
+    names = ("--served-model-name", folder.name, *([boot.model] if boot.model != folder.name else []))
+    return parse((*names, *_DEFAULTS, *limits, *boot.engine_args, *own))
+
+
+def engine_args(boot: Boot) -> AsyncEngineArgs:
+    """Return vLLM's engine arguments, the same for the gateway and every attention worker."""
+    return AsyncEngineArgs.from_cli_args(serve_args(boot))
+
+
+def engine_config(boot: Boot) -> Any:
+    """Return the VllmConfig that the gateway and every attention worker share.
+
+    Raises ModelRefused for a checkpoint that Tarragon does not serve, and whatever vLLM raises for flags
+    that do not fit it.
+    """
+    check_model(Path(boot.model))
+    return engine_args(boot).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def check_model(folder: Path) -> None:
+    """Raise ModelRefused if the checkpoint in ``folder`` is of a kind that Tarragon does not serve."""
+    try:
+        document = msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelRefused(f"{folder} has no readable config.json: {error}") from error
+    sections = [document, *(part for part in document.values() if isinstance(part, dict))]
+    for section in sections:
+        quantization = section.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+            raise ModelRefused(
+                f"{folder} has quantised weights ({method}), which are not supported: "
+                "experts are computed in the model's own type."
+            )
+    for name in ("vision_config", "audio_config", "thinker_config"):
+        if document.get(name):
+            raise ModelRefused(
+                f"{folder} is a multimodal model ({name}), which is not supported: requests are text only."
+            )
+    if document.get("auto_map"):
+        raise ModelRefused(f"{folder} brings code of its own (auto_map), which is never run.")
+
+
+def check_exposure(config: Config, argv: Sequence[str]) -> None:
+    """Raise FlagError if the gateway would listen beyond this host without an API key (its default is loopback)."""
+    try:
+        local = config.host == "localhost" or ip_address(config.host).is_loopback
+    except ValueError:
+        local = False
+    if not local and not parse(argv).api_key:
+        raise FlagError(f"--host {config.host} is refused without --api-key: anybody could send requests.")

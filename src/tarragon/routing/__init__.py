@@ -1,0 +1,1 @@
+"""Where experts are: ``placement`` decides who shall hold them, ``table`` says who does (the ERT, 4.2)."""
