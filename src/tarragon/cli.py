@@ -6,12 +6,10 @@ import importlib
 import importlib.util
 import json
 import os
-import pkgutil
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ import typer
 
 from tarragon import config as config_module
 from tarragon.admin import AdminClient
-from tarragon.cluster import STOP_WITH_PID
+from tarragon.config import Config
 from tarragon.options import with_settings
 
 USAGE_EXIT_CODE: Final = 2
@@ -40,11 +38,14 @@ _AdminHost = Annotated[str | None, typer.Option(help="Where the cluster's admin 
 _AdminPort = Annotated[int | None, typer.Option(help="Port of the cluster's admin API.")]
 
 
-def main() -> int:
-    """Run the command line; return the exit code: 2 and one sentence on stderr for a user's fault."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (sys.argv by default) and return the exit code.
+
+    A user's fault is one sentence on stderr and exit code 2.
+    """
     try:
         with _one_sentence():
-            return int(app(standalone_mode=False) or 0)
+            return int(app(argv, standalone_mode=False) or 0)
     except typer.TyperException as error:
         _complain(error.format_message())
         return USAGE_EXIT_CODE
@@ -56,7 +57,7 @@ def main() -> int:
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Turn a user's fault (a ValueError that one of our modules defines) into one sentence and exit code 2."""
+    """Turn a user's fault (a ValueError class of ours) into one sentence and exit code 2."""
     try:
         yield
     except ValueError as error:
@@ -77,39 +78,71 @@ def _complain(sentence: str) -> None:
 @with_settings
 def serve(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint in Hugging Face form, or the word demo.")],
-    config: Annotated[Path | None, typer.Option(help="TOML file with a [tarragon] table.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="Folder of a checkpoint in Hugging Face form, or the word demo.")
+    ],
+    config: Annotated[Path | None, typer.Option(help="TOML file with a table named tarragon.")] = None,
     *,
     settings: dict[str, Any],
 ) -> None:
     """Serve MODEL at an OpenAI-compatible API; any flag of `vllm serve` passes through to the engine."""
-    from tarragon.agent import console, environment, preflight
+    from tarragon.agent import environment
 
     environment.prepare()
     started_s = time.monotonic()
     if model.startswith("-"):
-        raise typer.BadParameter(f"MODEL must come before the flags that pass through, but {model} is in its place")
+        raise typer.BadParameter(
+            f"MODEL must come before the flags that pass through, but {model} is in its place"
+        )
     merged = config_module.load(config, flags=settings)
-    from tarragon.gateway.flags import split_flags
+    raise typer.Exit(_serve(merged, model, ctx.args, started_s))
+
+
+def _serve(config: Config, model: str, engine_args: list[str], started_s: float) -> int:
+    """Check what can be checked before any process is started, then become the node agent."""
+    from tarragon.agent import console, environment, preflight
     from tarragon.models.shape import read_model
 
-    engine_args = split_flags(ctx.args)
-    folder = _demo_model() if model == _DEMO else Path(model)
+    folder = _demo_folder() if model == _DEMO else Path(model)
     shape = read_model(folder)
-    preflight.check_ports(merged)
+    experts_bytes = shape.experts_total * shape.expert_bytes
+    preflight.check_ports(config)
     preflight.check_memory(
-        merged, shape.attention_bytes, shape.expert_bytes, preflight.memory_available_bytes()
+        config, shape.weight_bytes - experts_bytes, experts_bytes, preflight.memory_available_bytes()
     )
     from tarragon.agent.agent import NodeAgent
 
     agent = NodeAgent(
-        merged,
+        config,
         str(folder),
         engine_args=engine_args,
-        console=partial(console.watch, merged, started_s),
-        stop_with_pid=int(os.environ.get(STOP_WITH_PID, 0)),
+        console=partial(console.watch, config, started_s),
+        check=partial(_check_with_vllm, config, folder, engine_args),
+        stop_with_pid=int(os.environ.get(environment.STOP_WITH_PID, 0)),
     )
-    raise typer.Exit(agent.run())
+    return agent.run()
+
+
+def _check_with_vllm(config: Config, folder: Path, engine_args: list[str]) -> None:
+    """Raise FlagError or ModelRefused, each with one sentence: vLLM itself parses its flags."""
+    from tarragon.gateway import flags
+
+    flags.split_flags(engine_args)
+    flags.check_exposure(config, engine_args)
+    flags.check_model(folder)
+
+
+def _demo_folder() -> Path:
+    """Folder of the demo model, made first if need be: elsewhere, because that runs parallel regions."""
+    from tarragon.models.demo import SOURCE_LAYERS, Recipe, default_directory, is_complete
+
+    if not is_complete(default_directory(), Recipe(experts=8, top_k=2, layers=SOURCE_LAYERS, seed=0)):
+        made = subprocess.run(
+            [sys.executable, "-m", "tarragon", "demo-model"], stdout=sys.stderr, check=False
+        )
+        if made.returncode:
+            raise typer.Exit(made.returncode)
+    return default_directory()
 
 
 # ------------------------------------------------------------------ a running cluster
@@ -119,7 +152,9 @@ def _admin(host: str | None, port: int | None) -> AdminClient:
     from tarragon.agent.console import reachable_host
 
     config = config_module.load(flags={"admin_host": host, "admin_port": port})
-    return AdminClient(reachable_host(config.admin_host), config.admin_port, timeout_s=config.connect_timeout_s)
+    return AdminClient(
+        reachable_host(config.admin_host), config.admin_port, timeout_s=config.connect_timeout_s
+    )
 
 
 @app.command()
@@ -135,7 +170,7 @@ def status(
         return
     from rich.console import Console
 
-    from tarragon.tables import summary, workers_table
+    from tarragon.display import summary, workers_table
 
     console = Console()
     console.print(summary(found), highlight=False)
@@ -148,7 +183,7 @@ def top(admin_host: _AdminHost = None, admin_port: _AdminPort = None) -> None:
     from rich.console import Group
     from rich.live import Live
 
-    from tarragon.tables import summary, workers_table
+    from tarragon.display import summary, workers_table
 
     admin = _admin(admin_host, admin_port)
     with Live() as live:
@@ -195,26 +230,34 @@ def add(
 
 @app.command("demo-model")
 def demo_model(
-    directory: Annotated[Path | None, typer.Argument(help="Where to put it; default: the cache folder.")] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Argument(help="Where to write it, anew; without, it is made once, in the cache folder."),
+    ] = None,
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
-    layers: Annotated[int, typer.Option(help="Layers; 0 keeps all.")] = 0,
+    layers: Annotated[
+        int | None, typer.Option(help="Keep only the first layers.", show_default="all")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the experts' perturbations and the gates.")] = 0,
+    wheel: Annotated[Path | None, typer.Option(help="A copy of the package with the source model.")] = None,
 ) -> None:
-    """Make the demo model: a small chat model, sparsely upcycled to a mixture of experts."""
+    """Make the demo model: a small chat model, upcycled to a mixture of experts; print its folder."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from tarragon.models.demo import build_demo_model
+    from tarragon.display import Bars
+    from tarragon.models import demo
 
+    make = demo.build_demo_model if directory else demo.ensure_demo_model
     with Progress(console=Console(stderr=True)) as progress:
-        bars: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=total)
-            progress.update(bars[stage], completed=done, total=total)
-
-        built = build_demo_model(directory, experts=experts, layers=layers, seed=seed, progress=show)
+        built = make(
+            directory,  # type: ignore[arg-type] # None goes to ensure_demo_model only
+            experts=experts,
+            layers=layers,
+            seed=seed,
+            wheel=wheel,
+            progress=Bars(progress),
+        )
     print(built)
 
 
@@ -232,9 +275,10 @@ def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark; its own flags follow.")],
 ) -> None:
     """Run one benchmark; each takes --json FILE and --plot FILE.png."""
-    if not re.fullmatch(r"[a-z0-9_-]+", name) or not _module_exists(f"tarragon.bench.{name.replace('-', '_')}"):
-        raise typer.BadParameter(f"there is no benchmark {name}; there are: {', '.join(_benchmarks()) or 'none'}")
-    raise typer.Exit(_run_module(f"tarragon.bench.{name.replace('-', '_')}", ctx.args))
+    module = name.replace("-", "_")
+    if module not in (found := _benchmarks()):
+        raise typer.BadParameter(f"there is no benchmark {name}; there are: {', '.join(found) or 'none'}")
+    raise typer.Exit(_run_module(f"tarragon.bench.{module}", ctx.args))
 
 
 @app.command(context_settings=_PASS_ON)
@@ -247,17 +291,16 @@ def _run_module(name: str, args: list[str]) -> int:
     return int(importlib.import_module(name).main(args))
 
 
-def _module_exists(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def _benchmarks() -> list[str]:
     package = importlib.util.find_spec("tarragon.bench")
     folders = (package.submodule_search_locations or []) if package else []
-    return sorted(module.name for module in pkgutil.iter_modules(folders) if not module.name.startswith("_"))
+    return sorted(
+        file.stem
+        for folder in folders
+        for file in Path(folder).glob("*.py")
+        # Without importing: some of them would load torch, and helpers have no main.
+        if "\ndef main(" in file.read_text(encoding="utf-8")
+    )
 
 
 if __name__ == "__main__":

@@ -24,11 +24,10 @@ from types import TracebackType
 from typing import IO, Any, Final, Self
 
 from tarragon.admin import AdminClient, AdminError
+from tarragon.agent.environment import STOP_WITH_PID
 
 _MARK: Final = "TARRAGON_CLUSTER_MARK"
 """Environment variable that every process of a cluster inherits, and nobody else has."""
-STOP_WITH_PID: Final = "TARRAGON_STOP_WITH_PID"
-"""Environment variable with the pid whose end is the cluster's end too."""
 _POLL_S: Final = 0.05
 _EXIT_MARGIN_S: Final = 10.0
 """Beyond the grace time, before the node agent itself is killed."""
@@ -144,9 +143,13 @@ class Cluster:
                 return
             code = self._process.poll()
             if code is not None:
-                raise ClusterError(f"the cluster ended with exit code {code} before it was ready\n{self.log_tail()}")
+                raise ClusterError(
+                    f"the cluster ended with exit code {code} before it was ready\n{self.log_tail()}"
+                )
             if time.monotonic() > deadline_s:
-                raise ClusterError(f"the cluster was not ready after {self._ready_timeout_s:g} s\n{self.log_tail()}")
+                raise ClusterError(
+                    f"the cluster was not ready after {self._ready_timeout_s:g} s\n{self.log_tail()}"
+                )
             time.sleep(_POLL_S)
 
     def stop(self) -> int:
@@ -209,7 +212,7 @@ class Cluster:
         self.admin.add(role)
 
     def wait_for(self, what: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Wait until the boolean ``what`` of the status ("full_capacity", "ready"...) is true; return the status.
+        """Wait until ``what`` ("full_capacity", "exact"...) is true in the status; return the status.
 
         Raises ClusterError after ``timeout_s``.
         """
@@ -224,7 +227,7 @@ class Cluster:
             time.sleep(_POLL_S)
 
     def logs(self) -> str:
-        """Everything that the cluster has written to stderr, workers' lines with their ids; also after its end."""
+        """What the cluster has written to stderr, workers' lines with their ids; also after its end."""
         return self._kept_logs if self._log.closed else _text(self._log)
 
     def log_tail(self) -> str:

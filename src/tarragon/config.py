@@ -52,14 +52,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Paged KV cache of each attention worker."""
 
     # --- expert batching (5.2)
-    batch_join_wait_us_max: int = 2_000
-    """Longest wait of a ready batch for a worker that can still join it."""
+    batch_join_wait_us_max: int = 20_000
+    """Longest wait of a ready batch for a worker that can still join it. Planned waits are at most half of it and
+    usually far shorter; only one for a worker that hangs lasts so long. Keep it below the time of detection."""
     batch_align_layers_max: int = 2
     """A batch waits only for workers at most this many layers behind it."""
     batch_pairs_min: int = 512
     """A batch of this many (token, expert) pairs starts without waiting for more."""
     batch_pairs_max: int = 1_024
     """Largest kernel call; a bigger prefill is cut so that decodes get in between."""
+    batch_decodes_before_prefill_max: int = 8
+    """A waiting slice of a prefill lets at most this many decode batches pass."""
     decode_pairs_max: int = 512
     """A frame of more pairs than this counts as prefill: no decode batch waits for it."""
 
@@ -74,6 +77,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     connect_timeout_s: float = 10.0
     worker_ready_timeout_s: float = 600.0
     """A worker that is not ready this long after its fork is given up."""
+    attention_unavailable_timeout_s: float = 60.0
+    """How long a request waits for an attention worker when none is left, before it fails (503)."""
+    utility_timeout_s: float = 30.0
+    """How long the gateway waits for a worker's answer to a command such as emptying its prefix cache."""
     expert_unreachable_timeout_s: float = 60.0
     """How long a request waits for an expert that no live worker hosts, before it fails (503)."""
     report_interval_ms: float = 1_000.0
@@ -81,6 +88,33 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     shutdown_grace_s: float = 5.0
     """Between SIGTERM and SIGKILL of a worker that is told to stop."""
     max_failovers_per_request: int = 3
+
+    # --- orchestrator: provisioning, restarts, status (5.4)
+    workers_per_role_max: int = 64
+    """`add` refuses to go beyond this."""
+    expert_load_ratio_max: float = 1.25
+    """Re-placement moves experts by load where a layer's busiest worker has more than this times the mean."""
+    crash_loop_uptime_s: float = 2.0
+    """A worker that dies before it was healthy for this long may be in a crash loop."""
+    crash_loop_restarts_max: int = 5
+    """After so many such deaths in a row the worker is given up, until a person asks for it."""
+    restart_backoff_s: float = 0.5
+    """Pause before the second restart in a row; it doubles with every further one. The first is immediate."""
+    restart_backoff_s_max: float = 30.0
+    adoption_window_s: float = 2.0
+    """So long a restarted orchestrator waits for the workers of its predecessor to dial again."""
+    drain_timeout_s: float = 60.0
+    """A worker that is not empty this long after it was asked to drain is stopped all the same."""
+    orchestrator_tick_ms: float = 20.0
+    """Resolution of the orchestrator's timers."""
+    control_queue_max: int = 256
+    """Messages that wait for one worker to take them; one that lets more pile up counts as cut off."""
+    events_max: int = 1_024
+    """Events that /events remembers."""
+    admin_body_bytes_max: int = 16 << 10
+    """Largest body of one request to the status API."""
+    admin_request_timeout_s: float = 10.0
+    """Longest time to read one request to the status API."""
 
     # --- node agent (5.4)
     start_failures_max: int = 2
@@ -100,6 +134,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     engine_frame_bytes_max: int = 64 << 20
     request_queue_max: int = 1_024
     """Requests that the gateway holds while no attention worker is ready."""
+    requests_live_max: int = 4_096
+    """Requests in progress at the gateway, each of ``n`` texts counted; more get a 503."""
+    http_body_bytes_max: int = 16 << 20
+    """Largest body of one HTTP request."""
+
+    # --- the demonstration model
+    demo_download_timeout_s: float = 600.0
+    demo_build_wait_timeout_s: float = 600.0
+    """How long a second process waits for one that is already building the same model."""
 
     # --- addresses
     host: str = "127.0.0.1"
@@ -113,7 +156,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             value = getattr(self, name)
             if isinstance(value, (int, float)) and value < 0:
                 raise ConfigError(f"{name} must not be negative, but is {value}")
-        for name in ("attention_workers", "expert_workers", "probe_misses_max", "batch_pairs_max"):
+        for name in (
+            "attention_workers",
+            "expert_workers",
+            "probe_misses_max",
+            "batch_pairs_max",
+            "control_queue_max",
+            "events_max",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
         for name in ("port", "admin_port"):

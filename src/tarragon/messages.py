@@ -144,6 +144,8 @@ class Hello(Message):
     epoch: int
     pid: int
     address: str
+    resident: list[ExpertId] = []
+    """What an expert worker holds already: it dials a second time, because the orchestrator was restarted."""
 
 
 class Ready(Message):
@@ -156,6 +158,8 @@ class Ready(Message):
     inexact_reason: str = ""
     resident: list[ExpertId] = []
     resident_bytes: int = 0
+    order: int = 0
+    """Expert workers: number of the last Welcome or Assign that is carried out; 0 says nothing about it."""
 
 
 class TableAck(Message):
@@ -189,6 +193,8 @@ class Welcome(Message):
 
     table: Table
     assigned: list[ExpertId] = []
+    order: int = 0
+    """Number of the assignment, counted from 1 for each incarnation; Ready names it."""
     peers: list[Peer] = []
 
 
@@ -206,6 +212,7 @@ class Assign(Message):
     """For an expert worker: the experts it shall hold from now on, primaries first."""
 
     experts: list[ExpertId]
+    order: int = 0
 
 
 class Drain(Message):
@@ -270,6 +277,9 @@ Control = (
     | WorkerExited
 )
 
+DECODE_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""All that msgspec raises at foreign bytes: malformed, no text, nested without end."""
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
 
@@ -282,5 +292,5 @@ def decode_control(raw: bytes | memoryview) -> Control:
     """Decode one control message; raise ProtocolError if it is not one."""
     try:
         return _decoder.decode(raw)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except DECODE_ERRORS as error:
         raise ProtocolError(f"malformed control message: {error}") from error

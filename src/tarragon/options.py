@@ -19,11 +19,17 @@ _GROUP = re.compile(r"^    # --- (.+)$")
 
 
 def settings_help(source: str) -> dict[str, tuple[str, str]]:
-    """Map each field of class Config in ``source`` to its group (the ``# ---`` comment above it) and docstring."""
+    """Map each field of class Config in ``source`` to its group (the ``# ---`` comment) and docstring."""
     groups = {
-        number: match[1] for number, line in enumerate(source.splitlines(), 1) if (match := _GROUP.match(line))
+        number: match[1]
+        for number, line in enumerate(source.splitlines(), 1)
+        if (match := _GROUP.match(line))
     }
-    [body] = [node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Config"]
+    [body] = [
+        node.body
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+    ]
     found = {}
     for node, following in zip(body, [*body[1:], None], strict=True):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
@@ -41,7 +47,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     It receives the options that were given, and no others: the file and the environment set the rest.
     """
-    own = [param for param in inspect.signature(command, eval_str=True).parameters.values() if param.name != "settings"]
+    own = [
+        param
+        for param in inspect.signature(command, eval_str=True).parameters.values()
+        if param.name != "settings"
+    ]
     texts = settings_help(Path(config_module.__file__).read_text(encoding="utf-8"))
     added = [_parameter(field, *texts[field.name]) for field in msgspec.structs.fields(Config)]
 
@@ -63,7 +73,7 @@ def _parameter(field: msgspec.structs.FieldInfo, group: str, text: str) -> inspe
         "--" + field.name.replace("_", "-"),
         help=text,
         show_default=str(field.default),
-        rich_help_panel=group.capitalize(),
+        rich_help_panel=group[:1].upper() + group[1:],
     )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

@@ -231,7 +231,7 @@ def test_when_a_worker_leaves_only_its_experts_move_and_to_their_shadows(
     before = place_evenly(layers, experts, pool, None)
     after = place_evenly(layers, experts, rest, before)
     changes = moved(before, after)
-    assert {source for source, _ in changes.values()} == {leaver}
+    assert {source for source, _ in changes.values()} <= {leaver}
     if count == 2:  # the only survivor had every shadow
         assert all(before.holder_ids(e.layer, e.expert)[1] == target for e, (_, target) in changes.items())
 

@@ -9,7 +9,6 @@ the next generation of it.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import secrets
@@ -21,33 +20,21 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
-from tarragon.agent import process
+from tarragon.agent import preload, process
 from tarragon.agent.link import OrchestratorLink, RestartBudget
 from tarragon.agent.log import LogPipe, LogWriter
+from tarragon.agent.preload import PRELOAD_MODULES, WORKER_MODULES
 from tarragon.agent.process import Child
 from tarragon.agent.signals import STOP_SIGNALS, Interrupted, SignalInbox
 from tarragon.boot import Boot, socket_address
 from tarragon.config import Config
 from tarragon.messages import Role, SignalWorker, StartWorker, Stop, WorkerExited, WorkerStarted
 
-WORKER_MODULES: Final[Mapping[str, str]] = {
-    "orchestrator": "tarragon.orchestrator.process",
-    "attention": "tarragon.attention.worker",
-    "expert": "tarragon.experts.worker",
-    "gateway": "tarragon.gateway.process",
-}
-PRELOAD_MODULES: Final[tuple[str, ...]] = (
-    "torch",
-    "vllm",
-    "vllm.v1.engine.core",
-    "vllm.entrypoints.openai.api_server",
-    "vllm.entrypoints.launchers.api_server.entry",
-    "tarragon.attention.worker",
-    "tarragon.experts.worker",
-    "tarragon.gateway.process",
-)
 GENERATION_BITS: Final = 20
 """An epoch is generation << GENERATION_BITS | counter; the agent counts the orchestrator's generations."""
+GENERATION_MAX: Final = (1 << 32 - GENERATION_BITS) - 1
+"""Data frames carry epochs in 32 bits."""
+USAGE_EXIT_CODE: Final = 2
 _CONSOLE: Final = "console"
 _ORCHESTRATOR: Final = "orchestrator"
 
@@ -62,11 +49,15 @@ class NodeAgent:
         *,
         engine_args: Sequence[str] = (),
         modules: Mapping[str, str] = WORKER_MODULES,
-        preload: Sequence[str] = PRELOAD_MODULES,
+        preload_modules: Sequence[str] = PRELOAD_MODULES,
         console: Callable[[], None] | None = None,
+        check: Callable[[], None] | None = None,
         stop_with_pid: int = 0,
     ) -> None:
         """``console`` runs in a child of its own and returns once the cluster is ready.
+
+        ``check`` runs after the imports and before any worker is forked: for what
+        only vLLM can judge. Its ValueError ends the start with exit code 2.
 
         ``modules`` maps each role to the module whose ``main(boot)`` it runs. With
         ``stop_with_pid`` the cluster ends when that process does.
@@ -75,8 +66,9 @@ class NodeAgent:
         self._model = model
         self._engine_args = tuple(engine_args)
         self._modules = modules
-        self._preload_names = preload
+        self._preload_names = preload_modules
         self._console = console
+        self._check = check
         self._cluster = secrets.token_hex(8)
         self._secret = secrets.token_bytes(32)
         self._cores = len(os.sched_getaffinity(0))
@@ -183,7 +175,7 @@ class NodeAgent:
             return
         if not self._link.was_ever_up:
             self._fail(f"the orchestrator could not start: {why}")
-        elif not self._restarts.spend(time.monotonic()):
+        elif self._generation == GENERATION_MAX or not self._restarts.spend(time.monotonic()):
             self._fail(f"the orchestrator ended too often: {why}")
         else:
             self._start_orchestrator()
@@ -194,23 +186,19 @@ class NodeAgent:
     def _preload(self) -> None:
         """Import what workers need, once, before the first of them is forked."""
         self._is_preloaded = True
-        with suppress(Interrupted):  # the inbox has the signal too: the loop meets it next
-            self._import_all()
-        self._signals.interruptible = False
-        # What is alive now is in every worker and never garbage: collections there need not look at it.
-        gc.collect()
-        gc.freeze()
-        threads = process.thread_count()
-        if threads > 1:
+        try:
+            with self._signals.raising():
+                preload.import_all(self._preload_names)
+                if self._check is not None:
+                    self._check()
+        except Interrupted:
+            pass  # the inbox has the signal too: the loop meets it next
+        except preload.PreloadError as error:
+            self._fail(str(error))
+        except ValueError as error:
+            self._fail(" ".join(str(error).split()), code=USAGE_EXIT_CODE)
+        if (threads := preload.settle()) > 1:
             self._log(f"{threads} threads run after the imports: a worker may hang in what those held")
-
-    def _import_all(self) -> None:
-        self._signals.interruptible = True
-        for name in self._preload_names:
-            try:
-                importlib.import_module(name)
-            except Exception as error:
-                return self._fail(f"cannot import {name}: {type(error).__name__}: {error}")
 
     def _on_start_worker(self, order: StartWorker) -> None:
         if self._is_stopping:
@@ -376,16 +364,17 @@ class NodeAgent:
         """Begin the end: SIGTERM to all, SIGKILL to those that are left after the grace time."""
         if self._is_stopping:
             return
-        self._log(f"stopping: {reason}")
+        if not self._failure:  # which is told at the very end
+            self._log(f"stopping: {reason}")
         self._is_stopping = True
         self._exit_code = code
         for child in self._children.values():
             self._end_child(child)
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, why: str, *, code: int = 1) -> None:
         if not self._is_stopping:
             self._failure = why
-            self._stop(why, code=1)
+            self._stop(why, code=code)
 
     def _leave_nothing(self) -> None:
         while orphans := process.children_of(os.getpid()):

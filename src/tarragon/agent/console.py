@@ -29,9 +29,7 @@ def base_url(host: str, port: int) -> str:
 
 def ready_line(config: Config, status: dict[str, Any], seconds: float) -> str:
     """The one line on stdout that says where the API is and what stands behind it."""
-    healthy = [worker for worker in status.get("workers", []) if worker.get("state") == "healthy"]
-    attention = sum(worker.get("role") == "attention" for worker in healthy)
-    expert = sum(worker.get("role") == "expert" for worker in healthy)
+    attention, expert = _healthy(status, "attention"), _healthy(status, "expert")
     url = base_url(config.host, config.port)
     return f"ready: {url}/v1 ({attention} attention + {expert} expert workers, {seconds:.1f} s)"
 
@@ -43,17 +41,33 @@ def progress_text(config: Config, status: dict[str, Any] | None) -> str:
     workers = status.get("workers", [])
     if not any(worker.get("pid") and worker.get("role") != "orchestrator" for worker in workers):
         return "importing torch and vLLM"
-    wanted = {"attention": config.attention_workers, "expert": config.expert_workers, "gateway": 1}
-    parts = []
-    for role, count in wanted.items():
-        ready = sum(worker.get("role") == role and worker.get("state") == "healthy" for worker in workers)
-        parts.append(f"gateway {'ready' if ready else 'starting'}" if role == "gateway" else f"{role} {ready}/{count}")
-    return "workers: " + ", ".join(parts)
+    return (
+        f"workers: attention {_healthy(status, 'attention')}/{config.attention_workers}, "
+        f"expert {_healthy(status, 'expert')}/{config.expert_workers}, "
+        f"gateway {'ready' if _healthy(status, 'gateway') else 'starting'}"
+    )
+
+
+def is_complete(config: Config, status: dict[str, Any]) -> bool:
+    """Whether the cluster serves, with all the workers that were asked for."""
+    return bool(status.get("ready")) and all(
+        _healthy(status, role) >= count
+        for role, count in (("attention", config.attention_workers), ("expert", config.expert_workers))
+    )
+
+
+def _healthy(status: dict[str, Any], role: str) -> int:
+    return sum(
+        worker.get("role") == role and worker.get("state") == "healthy"
+        for worker in status.get("workers", [])
+    )
 
 
 def is_healthy(config: Config) -> bool:
     """Whether GET /health of the gateway is 200."""
-    connection = http.client.HTTPConnection(reachable_host(config.host), config.port, timeout=config.connect_timeout_s)
+    connection = http.client.HTTPConnection(
+        reachable_host(config.host), config.port, timeout=config.connect_timeout_s
+    )
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
@@ -71,13 +85,15 @@ def watch(config: Config, started_s: float) -> None:
     from rich.console import Console
 
     signal.signal(signal.SIGTERM, _leave)  # so that the terminal's cursor comes back
-    admin = AdminClient(reachable_host(config.admin_host), config.admin_port, timeout_s=config.connect_timeout_s)
+    admin = AdminClient(
+        reachable_host(config.admin_host), config.admin_port, timeout_s=config.connect_timeout_s
+    )
     console = Console(stderr=True)
     shown = ""
     with console.status("starting") as spinner:
         while True:
             status = _status(admin)
-            if status is not None and status.get("ready") and is_healthy(config):
+            if status is not None and is_complete(config, status) and is_healthy(config):
                 break
             text = progress_text(config, status)
             if text != shown:

@@ -26,6 +26,8 @@ REQUIRED: Final[Mapping[str, str]] = {
 }
 DEFAULTS: Final[Mapping[str, str]] = {"VLLM_LOGGING_LEVEL": "WARNING"}
 _REEXECUTED: Final = "TARRAGON_PRELOADED"
+STOP_WITH_PID: Final = "TARRAGON_STOP_WITH_PID"
+"""Environment variable with the pid whose end shall be the cluster's end too."""
 
 
 def wanted(environ: Mapping[str, str]) -> dict[str, str]:

@@ -34,18 +34,23 @@ class Lines:
     def feed(self, data: bytes) -> list[str]:
         """Add ``data``; return the lines that it completes, without their line feeds."""
         *complete, self._rest = (self._rest + data).split(b"\n")
-        while len(self._rest) > self._line_bytes_max:
-            complete.append(self._rest[: self._line_bytes_max])
-            self._rest = self._rest[self._line_bytes_max :]
-        return [self._clean(raw) for raw in complete]
+        whole = len(self._rest) // self._line_bytes_max * self._line_bytes_max
+        if whole:  # no end in sight: pass on what is there
+            complete.append(self._rest[:whole])
+            self._rest = self._rest[whole:]
+        return [self._clean(piece) for raw in complete for piece in self._pieces(raw)]
 
     def end(self) -> list[str]:
         """Return what the stream left without a line feed."""
         rest, self._rest = self._rest, b""
         return [self._clean(rest)] if rest else []
 
+    def _pieces(self, raw: bytes) -> list[bytes]:
+        size = self._line_bytes_max
+        return [raw[start : start + size] for start in range(0, max(1, len(raw)), size)]
+
     def _clean(self, raw: bytes) -> str:
-        line = raw[: self._line_bytes_max].decode("utf-8", "backslashreplace").rstrip("\r")
+        line = raw.decode("utf-8", "backslashreplace").rstrip("\r")
         bare = _COLOURS.sub("", line)
         if looks_like_error(bare):
             self.last_error = bare.strip()

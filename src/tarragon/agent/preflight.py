@@ -74,7 +74,11 @@ def check_memory(config: Config, attention_bytes: int, expert_bytes: int, availa
     if needed > available_bytes:
         copies = 1 + min(config.shadow_replicas, config.expert_workers - 1)
         raise PreflightError(
-            f"{needed / 1e9:.1f} GB of memory are needed ({expert_bytes / 1e9:.1f} GB of experts x {copies}, "
-            f"{config.attention_workers} attention workers with {attention_bytes / 1e9:.1f} GB of weights and "
-            f"{config.kv_cache_bytes / 1e9:.1f} GB of KV cache each), but {available_bytes / 1e9:.1f} GB are available"
+            f"{_gb(needed)} of memory are needed ({_gb(expert_bytes)} of experts x {copies}, and "
+            f"{config.attention_workers} x ({_gb(attention_bytes)} of other weights + "
+            f"{_gb(config.kv_cache_bytes)} of KV cache)), but {_gb(available_bytes)} are available"
         )
+
+
+def _gb(count_bytes: int) -> str:
+    return f"{count_bytes / 1e9:.1f} GB"

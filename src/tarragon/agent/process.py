@@ -205,9 +205,10 @@ def _take_stdio(log_fd: int) -> None:
     if log_fd >= 0:
         os.dup2(log_fd, 1)
         os.dup2(log_fd, 2)
-        for stream in (sys.stdout, sys.stderr):
-            # Whole lines, at once: the parent prefixes lines, and the last one may be all that is left.
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+        # Whole lines, at once: the parent prefixes lines, and the last one may be all that is left. New
+        # objects, because the old ones remember what kind of file they had; sys.__stdout__ keeps those alive.
+        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def _reset_signals() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
@@ -30,6 +32,15 @@ class SignalInbox:
             signal.siginterrupt(number, False)
         signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
 
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Let stop signals raise Interrupted within the block."""
+        self.interruptible = True
+        try:
+            yield
+        finally:
+            self.interruptible = False
+
     def fileno(self) -> int:
         return self._read_fd
 
@@ -54,4 +65,5 @@ class SignalInbox:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interruptible and number in STOP_SIGNALS:
+            self.interruptible = False  # once: what follows may clean up in peace
             raise Interrupted

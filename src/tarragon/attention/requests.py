@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import select
 import sys
+from contextlib import suppress
 from typing import Any
 
 from tarragon.attention.control import ControlThread
@@ -56,6 +58,8 @@ class Requests:
                 self._detach(idle_poll, str(error))
 
     def _attach_newcomers(self, idle_poll: Any) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._control.wake_fd)
         while not self._control.gateways.empty():
             connection = self._control.gateways.get_nowait()
             try:

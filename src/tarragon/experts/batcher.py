@@ -1,23 +1,80 @@
-"""draft"""
+"""The layer-wise batcher of an expert worker, as a pure state machine (5.2, 5.4).
+
+Which frames run now, and which wait? Events and the time (integer us of one monotonic clock) come
+in, actions go out; there is no socket, thread or clock here. ``key`` names one incarnation of an
+attention worker: (worker id, epoch), or anything hashable. A frame is what one worker sends for one
+MoE layer: ``pairs`` (token, expert) rows.
+
+**Who is where.** A worker that is in a step sends a frame for every MoE layer in order, holding one
+frame here at a time. An empty frame is answered at once, without compute, and still tells that its
+worker has arrived. The answer to layer l moves the worker to l + 1; after the last layer it is at
+layer 0 if its frame carried ``CONTINUES``, and else idle until ``step_begin``. The first message of a
+new worker sets its position, whatever the layer (5.4). A replayed (``PRIORITY``) frame may repeat the
+layer answered last: rows of a dead expert worker come to one that has already done its own (5.1).
+
+**What runs first.** Replayed decodes, decodes, replayed prefills, prefills; among equals the lowest
+layer, so that the one behind catches up. Prefills come last even when replayed: a failure costs its
+own domain only. But ``batch_decodes_before_prefill_max`` decode batches at most pass a waiting prefill.
+
+**What runs together.** A batch is for one layer and takes all frames of its class waiting there, cut
+to ``batch_pairs_max`` pairs, between frames where that is possible; a frame that was cut is finished
+when its last slice is. A decode batch takes along prefill frames of its layer that fit whole within
+``batch_pairs_min``: below it a kernel is bound by reading weights, so they are nearly free.
+
+**What waits.** A decode batch at layer l waits for worker y if *all* of this holds:
+
+* y is in a decode step, has no frame here, and its next layer lies in [l - ``batch_align_layers_max``, l].
+  Plain order, no wrap-around: whoever is furthest behind waits for nobody, so waits form no cycle.
+* y is expected before half of ``batch_join_wait_us_max`` has passed since the batch's first frame came,
+  and is not late by its own habit already. Habits are learnt as TCP learns round-trip times; the other
+  half of the bound is room for what cannot be foreseen (y held up at another expert worker).
+* y keeps pace: its time between layers exceeds that of the fastest member by no more than one batch
+  takes here. More than that a join does not save, and members would pay it at every layer.
+* y has not let a wait reach its bound since its last frame: one that hangs costs one wait, not one a layer.
+* The batch has fewer than ``batch_pairs_min`` pairs, is not a replay, and no prefill is waiting (then
+  this worker is not idle, and frames gather behind the prefill's slices by themselves).
+
+A wait ends when all of these y have come or can no longer; at ``batch_join_wait_us_max`` it is given
+up, counted in ``waits_expired``, and the batch names the absent in ``missed``, to be probed.
+
+**Why not simpler.** Figures of ``tarragon simulate`` decided. Waiting for every worker at most two
+layers behind, for at most 2 ms, expires hundreds of times a run when layers take longer than that, and
+with a longer bound a worker with five times the attention work slows a fast one to 0.4 of its speed;
+the rules above leave that one as fast as without any waiting. Holding the early frames of layer 0 until
+others wrap around, as 5.4 has it, gained nothing: a worker within two layers is met there anyway.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from operator import attrgetter
 from typing import Final, NamedTuple
 
 from tarragon.config import Config
+from tarragon.experts.frontier import (
+    ANYWHERE,
+    FRAME_NONE,
+    FRAME_QUEUED,
+    FRAME_RUNNING,
+    NEVER_US,
+    Frontier,
+    Habit,
+    Key,
+)
 from tarragon.messages import DataFlag, ProtocolError, RefusalReason
 
 
 class BatchError(ProtocolError):
+    """A frame or announcement that its worker cannot have sent from where it is; the caller refuses it."""
+
     def __init__(self, reason: RefusalReason, text: str) -> None:
         super().__init__(text)
         self.reason = reason
 
 
 class Member(NamedTuple):
-    key: Hashable
+    """Rows [first_pair, first_pair + pairs) of the region of ``key``; ``last``: its frame ends with them."""
+
+    key: Key
     layer: int
     first_pair: int
     pairs: int
@@ -26,372 +83,296 @@ class Member(NamedTuple):
 
 
 class RunBatch(NamedTuple):
+    """Run the kernels of ``layer`` on all members now, then call ``batch_done``."""
+
     layer: int
     members: list[Member]
     pairs: int
     prefill: bool
-    missed: tuple[Hashable, ...]
+    missed: tuple[Key, ...]
+    """Workers that this batch waited for in vain: probe them (5.2)."""
 
 
 class WaitUntil(NamedTuple):
+    """Nothing to run before the next event, or before ``deadline_us``."""
+
     deadline_us: int
-    workers: tuple[Hashable, ...]
+    workers: tuple[Key, ...]
 
 
 class Idle(NamedTuple):
-    pass
+    """Nothing to run before the next event."""
 
 
-IDLE: Final = Idle()
 Action = RunBatch | WaitUntil | Idle
+IDLE: Final = Idle()
 
-_UNKNOWN_US: Final = 1 << 60
-_NONE, _QUEUED, _RUNNING = 0, 1, 2
-_PREFILL: Final = int(DataFlag.PREFILL)
-_PRIORITY: Final = int(DataFlag.PRIORITY)
-_CONTINUES: Final = int(DataFlag.CONTINUES)
-_ANYWHERE: Final = -1
-_rank = attrgetter("rank")
+_PREFILL, _PRIORITY, _CONTINUES = int(DataFlag.PREFILL), int(DataFlag.PRIORITY), int(DataFlag.CONTINUES)
 
 
 class Stats:
+    """Counters since the batcher was made; times in us."""
+
     __slots__ = (
-        "batches", "members", "pairs", "decode_batches", "decode_members", "prefill_slices", "waits",
-        "waits_expired", "waits_dropped", "waited_us", "empty_frames",
+        "batches",
+        "decode_batches",
+        "decode_members",
+        "empty_frames",
+        "pairs",
+        "waited_us",
+        "waits",
+        "waits_expired",
     )
 
     def __init__(self) -> None:
-        for name in self.__slots__:
-            setattr(self, name, 0)
+        self.batches = self.pairs = self.empty_frames = 0
+        self.decode_batches = self.decode_members = 0
+        self.waits = self.waits_expired = self.waited_us = 0
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: float(getattr(self, name)) for name in self.__slots__}
 
 
-class _Gap:
-    __slots__ = ("deviation", "high", "mean")
-
-    def __init__(self) -> None:
-        self.mean = self.deviation = 0
-        self.high = _UNKNOWN_US
-
-    def add(self, sample: int) -> None:
-        if self.high == _UNKNOWN_US:
-            self.mean, self.deviation = sample, sample >> 1
-        else:
-            error = sample - self.mean
-            self.mean += error >> 3
-            self.deviation += (abs(error) - self.deviation) >> 2
-        self.high = self.mean + Knobs.mult * self.deviation
-
-
-class _Worker:
-    __slots__ = (
-        "answered_layer", "arrived", "base", "begun", "continues", "done", "first", "head", "in_step", "key",
-        "gap", "last_pos", "next_layer", "overdue", "pairs", "prefill", "rank", "state", "step", "tail", "waited", "layer", "prefill_frame",
-    )
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.state = _NONE
-        self.in_step = False
-        self.prefill = False
-        self.next_layer = _ANYWHERE
-        self.answered_layer = _ANYWHERE
-        self.overdue = False
-        self.continues = False
-        self.begun = False
-        self.waited = False
-        self.base = 0
-        self.gap, self.tail, self.head = _Gap(), _Gap(), _Gap()
-        self.layer = self.pairs = self.done = self.first = self.step = self.rank = self.arrived = 0
-        self.prefill_frame = False
-
-
-class Knobs:
-    wait = "pred"   # none | stated | pred
-    end = "deadline"  # deadline | high
-    prefill_stops = "queued"  # never | queued | step
-    wrap = True
-    piggy = False
-    late = True
-    mult = 4
-    cap = 0.0   # wait at most cap * serve
-    slices_every = 8
+_by_rank = attrgetter("rank")
 
 
 class Batcher:
-    def __init__(self, layers: int, config: Config, knobs: type[Knobs] = Knobs) -> None:
-        self.k = knobs
+    """Decides what one expert worker computes next; one batch runs at a time.
+
+    Args:
+        layers: MoE layers of the model.
+        config: bounds of batches and waits, ``batch_*`` and ``decode_pairs_max``.
+    """
+
+    def __init__(self, layers: int, config: Config) -> None:
+        assert layers > 0
+        self.stats = Stats()
         self._layers = layers
-        self._wait_max = config.batch_join_wait_us_max
+        self._wait_us_max = config.batch_join_wait_us_max
+        self._plan_us_max = config.batch_join_wait_us_max // 2
         self._align = config.batch_align_layers_max
         self._pairs_min = config.batch_pairs_min
         self._pairs_max = config.batch_pairs_max
+        self._along_max = min(config.batch_pairs_min, config.batch_pairs_max)
         self._decode_pairs_max = config.decode_pairs_max
-        self._workers: dict[Hashable, _Worker] = {}
-        self._queued: list[_Worker] = []
+        self._passes_max = config.batch_decodes_before_prefill_max
+        self._workers: dict[Key, Frontier] = {}
+        # Sorted by rank, that is class of the frame and layer; among equals by arrival.
+        self._queue: list[Frontier] = []
         self._running: RunBatch | None = None
-        self._started = 0
-        self._serve = 0
-        self._passed = 0
-        self._idle_from = 0
-        self._prefills = 0
-        self.stats = Stats()
+        self._started_us = 0
+        self._serving = Habit()
+        self._passes = 0
+        self._waiting_since_us = ANYWHERE
 
-    def worker_joined(self, key: Hashable, now: int) -> None:
+    def __contains__(self, key: Key) -> bool:
+        return key in self._workers
+
+    # ------------------------------------------------------------------ who is here
+
+    def worker_joined(self, key: Key, now: int) -> None:
+        """Its link was accepted; its first message will tell where it is. Raises BatchError if it is known."""
         if key in self._workers:
-            raise BatchError(RefusalReason.STALE_EPOCH, "twice")
-        self._workers[key] = _Worker(key)
+            raise BatchError(RefusalReason.STALE_EPOCH, f"{key} is here already")
+        self._workers[key] = Frontier(key)
 
-    def worker_left(self, key: Hashable, now: int) -> None:
+    def worker_left(self, key: Key, now: int) -> None:
+        """The worker is gone: nobody waits for it, and its frame is dropped. Unknown keys are left alone."""
         worker = self._workers.pop(key, None)
-        if worker is not None and worker.state == _QUEUED:
-            self._queued.remove(worker)
+        if worker is not None and worker.frame == FRAME_QUEUED:
+            self._queue.remove(worker)
 
-    def _worker(self, key: Hashable) -> _Worker:
-        w = self._workers.get(key)
-        if w is None:
-            raise BatchError(RefusalReason.STALE_EPOCH, f"unknown {key}")
-        return w
-
-    def step_begin(self, key: Hashable, layer: int, now: int, prefill: bool) -> None:
-        w = self._worker(key)
-        if w.state != _NONE:
-            raise BatchError(RefusalReason.BAD_LAYER, "step begins while frame")
+    def step_begin(self, key: Key, layer: int, now: int, prefill: bool) -> None:
+        """The worker is in a step and will send ``layer`` next. Raises BatchError, changing nothing."""
+        worker = self._between_frames(key)
         if not 0 <= layer < self._layers:
-            raise BatchError(RefusalReason.BAD_LAYER, "layer")
-        if w.in_step and not w.begun:
-            w.tail.add(now - w.base)
-        w.in_step = True
-        w.begun = True
-        w.base = now
-        w.next_layer = layer
-        w.answered_layer = _ANYWHERE
-        w.prefill = prefill
+            raise BatchError(RefusalReason.BAD_LAYER, f"{key} begins at layer {layer} of {self._layers}")
+        worker.begin(layer, now, prefill)
 
-    def step_end(self, key: Hashable, now: int) -> None:
-        w = self._worker(key)
-        if w.state != _NONE:
-            raise BatchError(RefusalReason.BAD_LAYER, "step ends while frame")
-        w.in_step = False
-        w.answered_layer = _ANYWHERE
+    def step_end(self, key: Key, now: int) -> None:
+        """The worker is idle: nobody waits for it any more. Raises BatchError, changing nothing."""
+        self._between_frames(key).end()
 
-    def rows(self, key: Hashable, layer: int, pairs: int, step: int, flags: int, now: int, first: int = 0) -> bool:
-        w = self._worker(key)
-        if w.state != _NONE:
-            raise BatchError(RefusalReason.BAD_LAYER, "two frames")
-        priority = flags & _PRIORITY
-        if not (layer == w.next_layer and w.in_step) and not (w.next_layer == _ANYWHERE and 0 <= layer < self._layers):
-            if not (priority and layer == w.answered_layer):
-                raise BatchError(RefusalReason.BAD_LAYER, f"layer {layer} != {w.next_layer}")
-        elif not priority and w.next_layer != _ANYWHERE:
-            (w.head if w.begun and layer == 0 else w.tail if layer == 0 else w.gap).add(now - w.base)
+    def _between_frames(self, key: Key) -> Frontier:
+        worker = self._workers.get(key)
+        if worker is None:
+            raise BatchError(RefusalReason.STALE_EPOCH, f"unknown worker {key}")
+        if worker.frame != FRAME_NONE:
+            raise BatchError(RefusalReason.BAD_LAYER, f"{key} has its frame of layer {worker.layer} here")
+        return worker
+
+    # ------------------------------------------------------------------ frames
+
+    def rows(self, key: Key, layer: int, pairs: int, step: int, flags: int, now: int, first: int = 0) -> bool:
+        """A frame arrived: ``pairs`` rows of the worker's region, from row ``first`` on, with its DataFlags.
+
+        Returns:
+            True if the frame is empty and so finished: the caller answers it at once.
+
+        Raises:
+            BatchError: unknown worker, a second frame at once, or a layer it cannot be at; nothing changed.
+        """
+        worker = self._between_frames(key)
         if pairs < 0:
-            raise BatchError(RefusalReason.BAD_COUNT, "negative")
-        w.in_step = True
-        w.layer = layer
-        w.overdue = False
-        w.continues = bool(flags & _CONTINUES)
-        w.begun = False
-        w.step = step
+            raise BatchError(RefusalReason.BAD_COUNT, f"{key} sent {pairs} pairs")
+        layers = self._layers
+        if not (0 <= layer < layers and worker.may_be_at(layer, flags)):
+            raise BatchError(RefusalReason.BAD_LAYER, f"{key} sent layer {layer}, not {worker.next_layer}")
         prefill = bool(flags & _PREFILL) or pairs > self._decode_pairs_max
-        w.prefill = prefill
+        worker.arrive(layer, step, bool(flags & _CONTINUES), prefill, now)
         if pairs == 0:
             self.stats.empty_frames += 1
-            self._answered(w, now)
+            worker.answered(now, layers)
             return True
-        w.state = _QUEUED
-        w.pairs = pairs
-        w.first = first
-        w.done = 0
-        w.arrived = now
-        w.waited = False
-        w.prefill_frame = prefill
-        w.rank = layer + (0 if priority else self._layers) + (2 * self._layers if prefill else 0)
-        self._queued.append(w)
-        if len(self._queued) > 1:
-            self._queued.sort(key=_rank)
+        worker.frame, worker.frame_prefill, worker.waited = FRAME_QUEUED, prefill, False
+        worker.first, worker.pairs, worker.done, worker.arrived_us = first, pairs, 0, now
+        worker.rank = layer + (0 if flags & _PRIORITY else layers) + (2 * layers if prefill else 0)
+        self._queue.append(worker)
+        self._queue.sort(key=_by_rank)
         return False
 
-    def _answered(self, w: _Worker, now: int) -> None:
-        w.state = _NONE
-        w.base = now
-        w.answered_layer = w.layer
-        nxt = w.layer + 1
-        if nxt < self._layers:
-            w.next_layer = nxt
-        else:
-            w.next_layer = 0
-            w.in_step = w.continues
-
     def batch_done(self, now: int) -> list[Member]:
+        """The running batch is computed; returns the members whose frames are complete, to be answered.
+
+        Workers that left meanwhile are not among them.
+        """
         run = self._running
-        assert run is not None
+        assert run is not None, "no batch is running"
         self._running = None
         if not run.prefill:
-            t = now - self._started
-            self._serve += (t - self._serve) >> 3 if self._serve else t
+            self._serving.add(now - self._started_us)
         finished = []
-        for m in run.members:
-            w = self._workers.get(m.key)
-            if w is None or w.state != _RUNNING:
+        for member in run.members:
+            worker = self._workers.get(member.key)
+            if worker is None or worker.frame != FRAME_RUNNING:
                 continue
-            w.done += m.pairs
-            if m.last:
-                self._answered(w, now)
-                finished.append(m)
+            if member.last:
+                worker.answered(now, self._layers)
+                finished.append(member)
             else:
-                w.state = _QUEUED
-                self._queued.append(w)
-        if len(self._queued) > 1:
-            self._queued.sort(key=_rank)
+                worker.done += member.pairs
+                worker.frame = FRAME_QUEUED
+                self._queue.insert(0, worker)  # the sort is stable: ahead of its equals
+                self._queue.sort(key=_by_rank)
         return finished
 
+    # ------------------------------------------------------------------ decisions
+
     def next_action(self, now: int) -> Action:
-        assert self._running is None
-        queued = self._queued
-        if not queued:
+        """What to do now; asked after events and deadlines while no batch runs. It starts what it returns."""
+        assert self._running is None, "one batch at a time"
+        if self._waiting_since_us >= 0:
+            self.stats.waited_us += now - self._waiting_since_us
+            self._waiting_since_us = ANYWHERE
+        queue = self._queue
+        if not queue:
             return IDLE
-        L = self._layers
-        last = -1
-        until = _UNKNOWN_US
-        names: tuple[Hashable, ...] = ()
-        prefill_waits = queued[-1].rank >= 2 * L
-        if prefill_waits and self._passed >= self.k.slices_every:
-            for w in queued:
-                if w.rank >= 2 * L:
-                    return self._run(w, now, ())
-        for w in queued:
-            rank = w.rank
-            if rank == last:
+        layers = self._layers
+        head = queue[0]
+        prefill_waits = queue[-1].frame_prefill
+        if prefill_waits and self._passes >= self._passes_max:
+            head = next(worker for worker in queue if worker.frame_prefill)
+        if prefill_waits or head.rank < layers:
+            return self._run(head, (), now)
+        rank = ANYWHERE
+        wait = WaitUntil(NEVER_US, ())
+        for worker in queue:
+            if worker.rank == rank:
                 continue
-            last = rank
-            if rank < L or rank >= 2 * L:
-                return self._run(w, now, ())
-            if prefill_waits and self.k.prefill_stops != "never":
-                return self._run(w, now, ())
-            missing, end = self._missing(w.layer, now)
-            if not missing:
-                return self._run(w, now, ())
-            if now >= end:
-                if any(v.waited for v in queued if v.layer == w.layer):
-                    self.stats.waits_expired += 1
-                for y in missing:
-                    y.overdue = True
-                return self._run(w, now, tuple(y.key for y in missing))
-            for v in queued:
-                if v.layer == w.layer and not v.waited:
-                    v.waited = True
-                    self.stats.waits += 1
-            if end < until:
-                until = end
-                names = tuple(y.key for y in missing)
-        if not self._idle_from:
-            self._idle_from = now
-        return WaitUntil(until, names)
+            rank = worker.rank
+            deadline, absent = self._absent(worker.layer, now)
+            if not absent:
+                return self._run(worker, (), now)
+            if now >= deadline:
+                return self._give_up(worker, absent, now)
+            self._mark_waiting(worker.layer)
+            if deadline < wait.deadline_us:
+                wait = WaitUntil(deadline, tuple(y.key for y in absent))
+        self._waiting_since_us = now
+        return wait
 
-    def _missing(self, layer: int, now: int) -> tuple[list[_Worker], int]:
-        k = self.k
-        if k.wait == "none":
-            return [], 0
-        pairs = 0
-        first = now
-        for v in self._queued:
-            if v.layer == layer and not v.prefill_frame:
-                pairs += v.pairs
-                if v.arrived < first:
-                    first = v.arrived
+    def _absent(self, layer: int, now: int) -> tuple[int, list[Frontier]]:
+        """Deadline of the decode batch at ``layer``, and the workers it should wait for until then."""
+        pairs, first_us, pace_us, waiting = 0, now, NEVER_US, False
+        for member in self._queue:
+            if member.layer == layer:
+                pairs += member.pairs - member.done
+                first_us = min(first_us, member.arrived_us)
+                pace_us = min(pace_us, member.between_layers.mean)
+                waiting = waiting or member.waited
+        absent: list[Frontier] = []
         if pairs >= self._pairs_min:
-            return [], 0
-        bound = self._wait_max
-        if k.cap and self._serve:
-            bound = min(bound, int(k.cap * self._serve))
-        deadline = first + bound
-        missing = []
-        end = 0
+            return 0, absent
+        earliest_us = first_us if waiting else now
+        latest_us = first_us + self._plan_us_max
+        pace_us += self._serving.mean
         for y in self._workers.values():
-            if not y.in_step:
+            if y.frame != FRAME_NONE or not y.in_step or y.prefill or y.overdue:
                 continue
-            if y.prefill:
-                if k.prefill_stops == "step":
-                    return [], 0
+            behind = layer - y.next_layer
+            if not 0 <= behind <= self._align or y.between_layers.mean > pace_us:
                 continue
-            if y.overdue or y.next_layer == _ANYWHERE:
-                continue
-            if k.wait == "stated":
-                if y.state == _NONE and layer - self._align <= y.next_layer <= layer:
-                    missing.append(y)
-                    end = deadline
-                continue
-            expected = self._expected(y, layer)
-            if (first <= expected or not k.late) and expected <= deadline:
-                missing.append(y)
-                end = deadline
-        return missing, end
+            due_us = y.due_us
+            if behind:
+                due_us += behind * (self._serving.mean + y.between_layers.high)
+            if earliest_us <= due_us <= latest_us:
+                absent.append(y)
+        return first_us + self._wait_us_max, absent
 
-    def _expected(self, y: _Worker, layer: int) -> int:
-        if y.state == _QUEUED:
-            pos = y.layer
-        else:
-            pos = y.next_layer
-        behind = layer - pos
-        if y.state == _QUEUED:
-            if layer or not y.continues or not self.k.wrap or behind == 0:
-                return _UNKNOWN_US
-            behind = self._layers - pos
-            if behind > self._align:
-                return _UNKNOWN_US
-            return y.arrived + (behind) * self._serve + (behind - 1) * y.gap.high + y.tail.high + y.head.high
-        if behind < 0:
-            if layer or not y.continues or not self.k.wrap:
-                return _UNKNOWN_US
-            behind = self._layers - pos
-            if behind > self._align:
-                return _UNKNOWN_US
-            return y.base + behind * (self._serve + y.gap.high) + y.tail.high + y.head.high
-        if behind > self._align:
-            return _UNKNOWN_US
-        if pos == 0:
-            e = y.base + (y.head.high if y.begun else y.tail.high + y.head.high if y.head.high != _UNKNOWN_US else y.tail.high)
-        else:
-            e = y.base + y.gap.high
-        return e + behind * (self._serve + y.gap.high)
+    def _mark_waiting(self, layer: int) -> None:
+        members = [worker for worker in self._queue if worker.layer == layer]
+        if not any(worker.waited for worker in members):
+            self.stats.waits += 1
+        for worker in members:
+            worker.waited = True
 
-    def _run(self, w: _Worker, now: int, missed: tuple[Hashable, ...]) -> RunBatch:
-        st = self.stats
-        if self._idle_from:
-            st.waited_us += now - self._idle_from
-            self._idle_from = 0
-        layer, prefill = w.layer, w.prefill_frame
-        room = self._pairs_max
-        members = []
-        kept = []
+    def _give_up(self, head: Frontier, absent: list[Frontier], now: int) -> RunBatch:
+        self.stats.waits_expired += 1
+        for y in absent:
+            y.overdue = True
+        return self._run(head, tuple(y.key for y in absent), now)
+
+    def _run(self, head: Frontier, missed: tuple[Key, ...], now: int) -> RunBatch:
+        """Start the batch of the layer and class of ``head``."""
+        layer, prefill = head.layer, head.frame_prefill
+        members: list[Member] = []
+        kept: list[Frontier] = []
         total = 0
-        for v in self._queued:
-            if v.layer != layer or v.prefill_frame != prefill:
-                if not (self.k.piggy and not prefill and v.layer == layer and not v.done and v.pairs + total <= self._pairs_min):
-                    kept.append(v)
-                    continue
-            left = v.pairs - v.done
-            if left > room:
-                if members:
-                    kept.append(v)
-                    continue
-                left = room
-            room -= left
-            total += left
-            v.state = _RUNNING
-            members.append(Member(v.key, layer, v.first + v.done, left, v.step, v.done + left == v.pairs))
-        self._queued = kept
-        run = RunBatch(layer, members, total, prefill, missed)
-        if prefill:
-            self._passed = 0
-            st.prefill_slices += 1
-        else:
-            st.decode_batches += 1
-            st.decode_members += len(members)
-            self._passed = self._passed + 1 if kept and kept[-1].prefill_frame else 0
-        st.batches += 1
-        st.members += len(members)
-        st.pairs += total
-        self._running = run
-        self._started = now
+        for worker in self._queue:
+            pairs = self._slice(worker, layer, prefill, total)
+            if not pairs:
+                kept.append(worker)
+                continue
+            total += pairs
+            worker.frame = FRAME_RUNNING
+            first = worker.first + worker.done
+            last = worker.done + pairs == worker.pairs
+            members.append(Member(worker.key, layer, first, pairs, worker.step, last))
+        self._queue = kept
+        self._running = run = RunBatch(layer, members, total, prefill, missed)
+        self._started_us = now
+        self._count(run)
         return run
+
+    def _slice(self, worker: Frontier, layer: int, prefill: bool, total: int) -> int:
+        """Pairs of this frame that a batch which has ``total`` pairs takes; 0 for none."""
+        if worker.layer != layer:
+            return 0
+        left = worker.pairs - worker.done
+        if worker.frame_prefill != prefill:
+            # A prefill batch takes no decode along: it would be answered later for it.
+            return 0 if prefill or total + left > self._along_max else left
+        if not total:
+            return min(left, self._pairs_max)
+        return left if total + left <= self._pairs_max else 0
+
+    def _count(self, run: RunBatch) -> None:
+        stats = self.stats
+        stats.batches += 1
+        stats.pairs += run.pairs
+        if run.prefill:
+            self._passes = 0
+            return
+        stats.decode_batches += 1
+        stats.decode_members += len(run.members)
+        self._passes = self._passes + 1 if self._queue and self._queue[-1].frame_prefill else 0

@@ -9,7 +9,9 @@ never touched, hence take no memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 
@@ -47,7 +49,12 @@ class ResidentExperts:
             torch.cpu._init_amx()
         self._layers: list[_LayerWeights | None] = [None] * len(model.moe_layers)
         self.resident = torch.zeros(len(model.moe_layers), model.experts, dtype=torch.bool)
+        self._resident_array = self.resident.numpy()
         self._ones = torch.ones(1, 1, dtype=torch.float32)
+
+    def all_resident(self, position: int, expert_ids: np.ndarray[Any, np.dtype[np.int32]]) -> bool:
+        """Whether every id (in range) of a frame can be run here."""
+        return bool(self._resident_array[position][expert_ids].all())
 
     def load(self, expert: ExpertId) -> int:
         """Read, pack and publish one expert; returns its bytes. Loading it twice is harmless."""

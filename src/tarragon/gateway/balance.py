@@ -26,31 +26,37 @@ class Load:
 
     running: dict[str, int] = field(default_factory=dict)
     """Prompt tokens left of each request; 0 once its first token came."""
+    prompt_tokens: int = 0
+    """The sum of these."""
     groups: dict[str, int] = field(default_factory=dict)
     """Requests here of each sibling group: their prompt is, or will be, in this worker's prefix cache."""
 
     @property
     def tokens(self) -> int:
         """Prompt tokens left plus one per running request."""
-        return sum(self.running.values()) + len(self.running)
+        return self.prompt_tokens + len(self.running)
 
     def add(self, request_id: str, prompt_tokens: int) -> None:
         """Count a request in. Its siblings' prompt is not counted twice: the prefix cache serves it."""
         assert request_id not in self.running, request_id
         group = sibling_group(request_id)
-        self.running[request_id] = 0 if group is not None and group in self.groups else prompt_tokens
+        left = 0 if group is not None and group in self.groups else prompt_tokens
+        self.running[request_id] = left
+        self.prompt_tokens += left
         if group is not None:
             self.groups[group] = self.groups.get(group, 0) + 1
 
     def first_token(self, request_id: str) -> None:
         """The request's prompt is computed."""
         if request_id in self.running:
+            self.prompt_tokens -= self.running[request_id]
             self.running[request_id] = 0
 
     def remove(self, request_id: str) -> None:
         """Count a request out; unknown ones are ignored, as an end may be reported twice."""
-        if self.running.pop(request_id, None) is None:
+        if request_id not in self.running:
             return
+        self.prompt_tokens -= self.running.pop(request_id)
         group = sibling_group(request_id)
         if group is not None:
             self.groups[group] -= 1

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-APPLIES: Final[frozenset[str]] = frozenset(
-    """
+_APPLIES: Final = """
     allow_credentials allowed_headers allowed_methods allowed_origins anthropic_disabled_thinking_effort
     api_key chat_template chat_template_content_format cohere_format cohere_is_reasoning_model
     default_chat_template_kwargs disable_access_log_for_endpoints disable_fastapi_docs
@@ -39,9 +38,11 @@ APPLIES: Final[frozenset[str]] = frozenset(
 
     aggregate_engine_logging collect_detailed_traces custom_histogram_buckets disable_log_stats
     enable_logging_iteration_details enable_mfu_metrics fail_on_environ_validation kv_cache_metrics
-    kv_cache_metrics_sample otlp_traces_endpoint show_hidden_metrics_for_version
-    """.split()
-)
+    kv_cache_metrics_sample log_level otlp_traces_endpoint show_hidden_metrics_for_version
+    """
+
+APPLIES: Final[frozenset[str]] = frozenset(_APPLIES.split())
+"""Pass through: to the gateway's server, to the engines, or to both."""
 
 OWN: Final[Mapping[str, str]] = {
     "async_scheduling": "a token leaves its worker only once the step that sampled it is safe",

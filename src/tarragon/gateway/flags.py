@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -13,23 +13,28 @@ from typing import Any, Final, NoReturn
 import msgspec
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.exceptions import VLLMError
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tarragon.boot import Boot
 from tarragon.config import Config
-from tarragon.gateway.flag_table import APPLIES, HARMLESS, OWN, REFUSED
+from tarragon.gateway.flag_table import HARMLESS, OWN, REFUSED
 
 
 class FlagError(ValueError):
-    """A flag is unknown, malformed, or does not apply to Tarragon; the message is one sentence for the user."""
+    """A flag is unknown, malformed, or does not apply here; the message is one sentence for the user."""
 
 
 class ModelRefused(ValueError):
     """The checkpoint is of a kind that Tarragon does not serve; the message is one sentence for the user."""
 
 
-_DEFAULTS: Final = ("--disable-uvicorn-access-log", "--uvicorn-log-level=warning", "--aggregate-engine-logging")
+_DEFAULTS: Final = (
+    "--disable-uvicorn-access-log",
+    "--uvicorn-log-level=warning",
+    "--aggregate-engine-logging",
+)
 """What the user's flags may override."""
 
 
@@ -45,23 +50,32 @@ def serve_parser() -> FlexibleArgumentParser:
 
 
 def split_flags(argv: Sequence[str]) -> tuple[str, ...]:
-    """Check the flags of ``tarragon serve`` that are not Tarragon's own; return them for ``Boot.engine_args``.
+    """Check the flags of ``tarragon serve`` that are not Tarragon's own; return ``Boot.engine_args``.
 
     Raises FlagError, with one sentence for the user, for the first flag that is unknown, malformed or does
     not apply here. A refused flag that is given its harmless value (``--tensor-parallel-size 1``) passes.
     """
     parser = serve_parser()
     given = dict(_given(parser, argv))
-    values = parse(argv)
-    for name, flag in given.items():
-        reason = OWN.get(name) or REFUSED.get(name)
-        if reason is not None and not _harmless(parser, name, getattr(values, name, None)):
-            raise FlagError(f"{flag} is refused: {reason}.")
+    refused = {name: flag for name, flag in given.items() if name in OWN or name in REFUSED}
+    try:
+        values = parse(argv)
+    except FlagError:
+        if refused:  # that it is refused matters more than that its value is malformed
+            raise _refusal(*next(iter(refused.items()))) from None
+        raise
+    for name, flag in refused.items():
+        if not _harmless(parser, name, getattr(values, name, None)):
+            raise _refusal(name, flag)
     if values.max_model_len == -1:
         raise FlagError(
             "--max-model-len auto is refused: gateway and workers must agree on a number before they start."
         )
     return tuple(argv)
+
+
+def _refusal(name: str, flag: str) -> FlagError:
+    return FlagError(f"{flag} is refused: {OWN.get(name) or REFUSED[name]}.")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -72,13 +86,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         validate_parsed_serve_args(values)
     except FlagError:
         raise
-    except (ValueError, TypeError, KeyError, argparse.ArgumentError) as error:
+    except (ValueError, TypeError, KeyError, argparse.ArgumentError, VLLMError) as error:
         raise FlagError(str(error).removeprefix("Error: ")) from error
     return values
 
 
 def _given(parser: FlexibleArgumentParser, argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (name in the table, flag as written) for each flag in ``argv``; raise FlagError for unknown ones."""
+    """Yield (name in the table, flag as written) per flag in ``argv``; raise FlagError for unknown ones."""
     known: dict[str, argparse.Action] = parser._option_string_actions
     for token in argv:
         written = token.partition("=")[0]
@@ -96,16 +110,17 @@ def _given(parser: FlexibleArgumentParser, argv: Sequence[str]) -> Iterator[tupl
         yield known[flag].dest, written
 
 
-def _nearest(flag: str, known: Sequence[str] | dict[str, Any]) -> str:
+def _nearest(flag: str, known: Iterable[str]) -> str:
     own = [f"--{name.replace('_', '-')}" for name in Config.__struct_fields__]
     close = difflib.get_close_matches(flag, [*own, *known], n=1)
-    return f"; did you mean {close[0]}?".removesuffix("?") if close else ""
+    return f"; the nearest is {close[0]}" if close else ""
 
 
 def _harmless(parser: FlexibleArgumentParser, name: str, value: Any) -> bool:
     """Whether ``value`` asks for nothing that vLLM would not do anyway."""
-    if value is False or value == parser.get_default(name):
-        return name != "enable_flash_late_interaction" or value is True
+    default = parser.get_default(name)
+    if value == default or (value is False and default is None):
+        return True
     return isinstance(value, (int, str)) and value in HARMLESS.get(name, ())
 
 
@@ -122,7 +137,7 @@ def serve_args(boot: Boot) -> argparse.Namespace:
         "--load-format=safetensors",
         "--no-trust-remote-code",
         f"--kv-cache-memory-bytes={config.kv_cache_bytes}",
-        f"--shutdown-timeout={int(config.shutdown_grace_s)}",
+        "--shutdown-timeout=0",
     )
     limits = (f"--max-num-queued-reqs={config.requests_live_max}",)
     names = ("--served-model-name", folder.name, *([boot.model] if boot.model != folder.name else []))
@@ -154,7 +169,9 @@ def check_model(folder: Path) -> None:
     for section in sections:
         quantization = section.get("quantization_config")
         if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+            method = (
+                quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+            )
             raise ModelRefused(
                 f"{folder} has quantised weights ({method}), which are not supported: "
                 "experts are computed in the model's own type."
@@ -164,12 +181,10 @@ def check_model(folder: Path) -> None:
             raise ModelRefused(
                 f"{folder} is a multimodal model ({name}), which is not supported: requests are text only."
             )
-    if document.get("auto_map"):
-        raise ModelRefused(f"{folder} brings code of its own (auto_map), which is never run.")
 
 
 def check_exposure(config: Config, argv: Sequence[str]) -> None:
-    """Raise FlagError if the gateway would listen beyond this host without an API key (its default is loopback)."""
+    """Raise FlagError if the gateway would listen beyond this host (not the default) without an API key."""
     try:
         local = config.host == "localhost" or ip_address(config.host).is_loopback
     except ValueError:

@@ -13,6 +13,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from tarragon import native
 from tarragon.config import Config
 from tarragon.messages import DataFlag, DataFrame, DataKind, Peer, RefusalReason, Table
 from tarragon.refe.exchange import Exchange, Send
-from tarragon.routing.table import owner_array
+from tarragon.routing.table import candidate_array, owner_array
 from tarragon.transport.link import DataLink
 
 
@@ -107,6 +108,7 @@ class Refe:
         self._ids: list[torch.Tensor] = []
         self._results: list[torch.Tensor] = []
         self._table: Table | None = None
+        self._candidates = np.empty((0, 0, 0), dtype=np.int32)
         self._owners = torch.full((layers, experts), -1, dtype=torch.int32)
         self._pair_slot = torch.empty(pairs_max, dtype=torch.int32)
         self._pair_row = torch.empty(pairs_max, dtype=torch.int32)
@@ -205,7 +207,7 @@ class Refe:
     ) -> list[int]:
         deadline = 0.0
         while True:
-            counts = torch.zeros(max(1, len(self._links)), dtype=torch.int32)
+            counts = torch.zeros(len(self._links), dtype=torch.int32)
             reachable = native.dispatch(
                 rows, expert_ids, self._owners[layer], self._rows, self._ids, pair_slot, pair_row, counts
             )
@@ -321,12 +323,13 @@ class Refe:
         """Take up what the control thread posted; returns the slots that died."""
         if not self._posts:
             return []
-        os.eventfd_read(self._wake_fd) if self._has_wakeup() else None
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
         dead: list[int] = []
         while self._posts:
             item = self._posts.popleft()
             if isinstance(item, NewTable):
-                self._table = item.table
+                self._table, self._candidates = item.table, candidate_array(item.table)
                 self._on_table(item.table.version)
             elif isinstance(item, NewLink):
                 self._add(item.peer, item.link)
@@ -338,9 +341,6 @@ class Refe:
                         dead.append(slot)
         self._resolve()
         return dead
-
-    def _has_wakeup(self) -> bool:
-        return bool(select.select([self._wake_fd], [], [], 0)[0])
 
     def _wait_for_posts(self, layer: int, deadline: float) -> list[int]:
         """Wait for a table or link that makes the layer's experts reachable; returns slots that died."""
@@ -391,7 +391,7 @@ class Refe:
             return
         slot_of = {(self._peers[s].worker_id, self._peers[s].epoch): s for s in self._live}
         slots = np.array([slot_of.get((w.worker_id, w.epoch), -1) for w in self._table.workers], dtype=np.int32)
-        owner = owner_array(self._table, slots >= 0)
+        owner = owner_array(self._table, slots >= 0, self._candidates)
         self._owners = torch.from_numpy(np.where(owner >= 0, slots[owner], -1).astype(np.int32))
 
     # ------------------------------------------------------------------ sending

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tarragon.messages import ExpertId
 from tarragon.routing.quotas import even_split, layer_quotas
 
-Usage = Sequence[Sequence[int]]
+Usage = Sequence[Sequence[float]]
 """Rows computed per [layer][expert]; only the ratios matter."""
 
 _GONE = -1

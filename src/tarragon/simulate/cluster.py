@@ -28,6 +28,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     expert_crashes: int = 0
     detect_us: tuple[int, ...] = (50, 50, 50, 30_000)
     rejoin_us: int = 20_000
+    paces: tuple[float, ...] = (1.0,)
 
 
 class AW:
@@ -74,7 +75,7 @@ class AW:
 
     def compute(self) -> None:
         L = self.sim.load
-        base = L.prefill_layer_us if self.prefill else L.layer_us
+        base = (L.prefill_layer_us if self.prefill else L.layer_us) * L.paces[int(self.name[3:]) % len(L.paces)]
         j = L.layer_jitter
         self.sim.after(int(base * (1 + self.sim.random.uniform(-j, j))), self.dispatch)
 
@@ -332,7 +333,7 @@ class Sim:
         tot = lambda n: sum(getattr(b, n) for b in bs)
         durs = [d for a in self.all_aws for d in a.dur]
         return dict(
-            us=self.now, step=sum(durs) / max(1, len(durs)), p99=sorted(durs)[int(len(durs)*.99)], fill=tot("decode_members") / max(1, tot("decode_batches")),
+            us=self.now, s0=sum(d for a in self.all_aws if a.name=="aw-0" for d in a.dur) / max(1,sum(len(a.dur) for a in self.all_aws if a.name=="aw-0")), step=sum(durs) / max(1, len(durs)), p99=sorted(durs)[int(len(durs)*.99)], fill=tot("decode_members") / max(1, tot("decode_batches")),
             pre=sum(self.prefill_steps) / max(1, len(self.prefill_steps)),
             waits=tot("waits"), clean=self.expired_clean, failure=self.expired_failure,
             waitshare=tot("waited_us") / (self.now * len(self.ews)), busy=sum(e.busy_us for e in self.all_ews) / (self.now * len(self.ews)),

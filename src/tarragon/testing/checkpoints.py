@@ -164,7 +164,7 @@ def make_checkpoint(
     dtype: str = "bfloat16",
     original_names: bool = True,
 ) -> Path:
-    """Write a random checkpoint without a tokenizer (serve it with ``skip_tokenizer_init``); return its folder.
+    """Write a random checkpoint and return its folder; it has no tokenizer (see ``skip_tokenizer_init``).
 
     Weights depend on ``seed`` and on their own name only, so that two calls give
     equal bytes. ``layers`` counts all layers; the first one of the DeepSeek kinds

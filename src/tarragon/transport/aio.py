@@ -214,6 +214,7 @@ async def dial_async(
     Raises TimeoutError if there is no listener, or no answer from it, within ``timeout_s``, and
     HandshakeError if it is not one of us or does not want us.
     """
+    handshake = DialerHandshake(secret)
     deadline_s = time.monotonic() + timeout_s
     pause_s = DIAL_PAUSE_S_MIN
     while (sock := connect_once(address)) is None:
@@ -224,7 +225,7 @@ async def dial_async(
     try:
         peer_pid = check_same_user(sock)
         async with asyncio.timeout(deadline_s - time.monotonic()):
-            await _shake_hands(sock, DialerHandshake(secret))
+            await _shake_hands(sock, handshake)
         return AsyncConnection(
             sock, frame_bytes_max=frame_bytes_max, send_timeout_s=send_timeout_s, peer_pid=peer_pid
         )

@@ -17,7 +17,15 @@ from typing import ClassVar, Final
 import msgspec
 
 from tarragon.config import LINK_OFFER_TIMEOUT_S, REGION_PAIRS_MAX, SEND_TIMEOUT_S
-from tarragon.messages import DATA_FRAME_BYTES, DataFrame, ProtocolError, Refused, pack_data, unpack_data
+from tarragon.messages import (
+    DATA_FRAME_BYTES,
+    DECODE_ERRORS,
+    DataFrame,
+    ProtocolError,
+    Refused,
+    pack_data,
+    unpack_data,
+)
 from tarragon.transport.connection import Connection
 from tarragon.transport.region import Region, RegionShape
 from tarragon.transport.sockets import SEND_FLAGS, abandon, wait_ready
@@ -52,7 +60,7 @@ def decode_offer(raw: bytes) -> Offer:
     """Decode an offer; ProtocolError if it is not one or its shape is out of bounds."""
     try:
         return _offer_decoder.decode(raw)
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise ProtocolError(f"malformed offer: {error}") from error
 
 
@@ -60,7 +68,7 @@ def decode_answer(raw: bytes) -> Accepted | Refused:
     """Decode the answer to an offer; ProtocolError if it is not one."""
     try:
         return _answer_decoder.decode(raw)
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise ProtocolError(f"malformed answer to an offer: {error}") from error
 
 

@@ -50,6 +50,7 @@ def dial(
     Raises TimeoutError if there is no listener, or no answer from it, within ``timeout_s``, and
     HandshakeError if it is not one of us or does not want us.
     """
+    handshake = DialerHandshake(secret)
     deadline_s = time.monotonic() + timeout_s
     pause_s = DIAL_PAUSE_S_MIN
     while (sock := connect_once(address)) is None:
@@ -59,7 +60,7 @@ def dial(
         pause_s = min(2 * pause_s, DIAL_PAUSE_S_MAX)
     try:
         peer_pid = check_same_user(sock)
-        _shake_hands(sock, DialerHandshake(secret), deadline_s)
+        _shake_hands(sock, handshake, deadline_s)
         return Connection(
             sock, frame_bytes_max=frame_bytes_max, send_timeout_s=send_timeout_s, peer_pid=peer_pid
         )

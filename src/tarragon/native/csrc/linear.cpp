@@ -15,7 +15,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr double kTaskSetNs = 8'000;  // a thread is woken only for at least this much work
+constexpr double kThreadNs = 20'000;  // waking a thread that sleeps costs about 15 us
 constexpr double kFlopsPerNs = 50, kBytesPerNs = 15;
 
 Storage storage_of(const Tensor& tensor, const char* name) {
@@ -82,7 +82,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
     const double rows_per_task = static_cast<double>(call.rows * panel_count(n)) / static_cast<double>(tasks);
     const double task_ns = std::max(2 * macs * rows_per_task / kFlopsPerNs,
                                     macs * static_cast<double>(packed.element_size()) / kBytesPerNs);
-    const int64_t grain = 1 + static_cast<int64_t>(kTaskSetNs / std::max(task_ns, 1.0));
+    const int64_t grain = 1 + static_cast<int64_t>(kThreadNs / std::max(task_ns, 1.0));
     at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { linear_run(call, begin, end); });
   }
   if (flat) return out;

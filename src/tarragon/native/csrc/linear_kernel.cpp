@@ -15,7 +15,7 @@ constexpr int64_t kBlockRowsMin = 48;
 constexpr int64_t kBlockRowsMax = 192;
 constexpr int64_t kDepth = 512;        // k per pass over a block: panel slice and strip share the L1 cache
 constexpr int kPanelsMax = 4;          // panels that a tile of few rows covers at once
-constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kPrefetchBytes = 2048;
 
 // Grows, never shrinks: at most about kBlockRowsMin rows of floats for each compute thread.
 class Scratch {

@@ -1,0 +1,51 @@
+"""What the agent imports before it forks, and which module each role runs."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from tarragon.agent.process import thread_count
+
+WORKER_MODULES: Final[Mapping[str, str]] = {
+    "orchestrator": "tarragon.orchestrator.process",
+    "attention": "tarragon.attention.worker",
+    "expert": "tarragon.experts.worker",
+    "gateway": "tarragon.gateway.process",
+}
+PRELOAD_MODULES: Final[tuple[str, ...]] = (
+    "torch",
+    "vllm",
+    "vllm.v1.engine.core",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.entrypoints.launchers.api_server.entry",
+    "tarragon.attention.worker",
+    "tarragon.experts.worker",
+    "tarragon.gateway.process",
+)
+
+
+class PreloadError(RuntimeError):
+    """A module that workers need cannot be imported; the text says which, and why."""
+
+
+def import_all(names: Iterable[str]) -> None:
+    """Import modules in the order given; raises PreloadError."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise PreloadError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+
+
+def settle() -> int:
+    """Make this process fit to be forked; return its threads, of which there must be one.
+
+    What is alive now is in every worker and never garbage: collections there
+    need not look at it, nor copy its pages.
+    """
+    gc.collect()
+    gc.freeze()
+    return thread_count()

@@ -1,0 +1,1 @@
+"""Benchmarks: one file a question, and the baselines they are compared with."""

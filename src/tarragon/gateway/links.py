@@ -1,0 +1,137 @@
+"""The gateway's connections to attention workers: one task per worker keeps one up, or reports it down."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from tarragon.boot import Boot
+from tarragon.gateway import wire
+from tarragon.messages import Peer, ProtocolError
+from tarragon.transport.local import AsyncConnection, dial_async
+
+REDIAL_PAUSE_S_MIN: Final = 0.05
+REDIAL_PAUSE_S_MAX: Final = 2.0
+
+
+class Events(Protocol):
+    """What a link tells its owner. ``link_up`` precedes all ``received``, ``link_down`` follows them.
+
+    A link that raises ProtocolError from ``link_up`` or ``received`` is hung up.
+    """
+
+    def link_up(self, link: Link, facts: wire.Facts) -> None: ...
+
+    async def room(self) -> None: ...  # waits until a message may be received
+
+    def received(self, link: Link, message: wire.Message) -> None: ...
+
+    def unsendable(self, link: Link, message: wire.Message, error: Exception) -> None: ...
+
+    def link_down(self, link: Link, cause: str) -> None: ...
+
+
+class Link:
+    """Dials one incarnation of an attention worker, again and again until ``close``."""
+
+    def __init__(
+        self, boot: Boot, peer: Peer, events: Events, on_refused: Callable[[Peer, str], None]
+    ) -> None:
+        self.peer = peer
+        self.up = False
+        self._boot = boot
+        self._events = events
+        self._on_refused = on_refused
+        self._codec = wire.Codec(wire.FROM_WORKER)
+        # Holds at most an Add and an Abort per live request, whose number is bounded.
+        self._outbox: asyncio.Queue[wire.Message] = asyncio.Queue()
+        self._task = asyncio.get_running_loop().create_task(self._keep(), name=f"link {peer.worker_id}")
+
+    def send(self, message: wire.Message) -> None:
+        """Queue one message; what a dead link has not sent is lost with it."""
+        self._outbox.put_nowait(message)
+
+    def close(self, cause: str) -> None:
+        """Hang up for good; reports ``link_down`` before it returns if the link was up."""
+        self._task.cancel()
+        self._down(cause)
+
+    # ------------------------------------------------------------------ the task
+
+    async def _keep(self) -> None:
+        pause_s = REDIAL_PAUSE_S_MIN
+        while True:
+            try:
+                cause = await self._run()
+                pause_s = REDIAL_PAUSE_S_MIN
+            except (OSError, TimeoutError, ProtocolError) as error:
+                cause = str(error) or type(error).__name__
+            if self.up:
+                self._down(cause)
+            else:
+                self._on_refused(self.peer, cause)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, REDIAL_PAUSE_S_MAX)
+
+    async def _run(self) -> str:
+        """Dial, attach, receive until the end of file; return why it ended; raise as the transport does."""
+        config = self._boot.config
+        connection = await dial_async(
+            self.peer.address,
+            self._boot.secret,
+            timeout_s=config.connect_timeout_s,
+            frame_bytes_max=config.engine_frame_bytes_max,
+        )
+        writer: asyncio.Task[str] | None = None
+        try:
+            facts = await self._attach(connection)
+            self._outbox = asyncio.Queue()
+            writer = asyncio.get_running_loop().create_task(self._write(connection))
+            self._events.link_up(self, facts)
+            self.up = True
+            await self._events.room()
+            while (frame := await connection.recv()) is not None:
+                # No await until its tokens are on their way: what counts as sent must reach the client.
+                self._events.received(self, self._codec.decode(frame))
+                await self._events.room()
+            return writer.result() if writer.done() else "its connection ended"
+        finally:
+            if writer is not None:
+                writer.cancel()
+            connection.close()
+
+    async def _attach(self, connection: AsyncConnection) -> wire.Facts:
+        await connection.send(self._codec.encode(wire.Attach(self._boot.epoch, self.peer.epoch)))
+        async with asyncio.timeout(self._boot.config.handshake_timeout_s):
+            frame = await connection.recv()
+        if frame is None:
+            raise ProtocolError("it hung up instead of saying what it serves")
+        facts = self._codec.decode(frame)
+        if not isinstance(facts, wire.Facts):
+            raise ProtocolError(f"its first message is {type(facts).__name__}, not Facts")
+        if (facts.worker_id, facts.epoch) != (self.peer.worker_id, self.peer.epoch):
+            raise ProtocolError(f"it says that it is {facts.worker_id} of epoch {facts.epoch}")
+        return facts
+
+    async def _write(self, connection: AsyncConnection) -> str:
+        """Send what is queued; end with the reason why no more can be sent."""
+        while True:
+            message = await self._outbox.get()
+            try:
+                parts = self._codec.encode(message)
+                if sum(map(len, parts)) > self._boot.config.engine_frame_bytes_max:
+                    raise ValueError("it is longer than a frame may be")
+            except (TypeError, ValueError) as error:
+                self._events.unsendable(self, message, error)
+                continue
+            try:
+                await connection.send(parts)
+            except OSError as error:
+                connection.close()  # the receiving side sees it and reports the link down
+                return str(error)
+
+    def _down(self, cause: str) -> None:
+        if self.up:
+            self.up = False
+            self._events.link_down(self, cause)

@@ -1,0 +1,28 @@
+"""Kernels of our own in C++: the batch-invariant linear, and moving rows to experts and back.
+
+Built by ``python -m tarragon.native.build``; ``load()`` before the first use (the ops do it themselves).
+"""
+
+from tarragon.native.ops import (
+    combine,
+    dispatch,
+    gather_batch,
+    instruction_set,
+    linear,
+    load,
+    pack_linear,
+    replay,
+    scatter_batch,
+)
+
+__all__ = [
+    "combine",
+    "dispatch",
+    "gather_batch",
+    "instruction_set",
+    "linear",
+    "load",
+    "pack_linear",
+    "replay",
+    "scatter_batch",
+]

@@ -1,0 +1,397 @@
+"""What to do about a death, a return, a drain (5.3, 5.4)? Events and the time come in, actions go out.
+
+A death takes one path, whatever its cause: the table loses the incarnation (so a shadow is first in line
+at once), experts without any copy are loaded on survivors, and the node agent is asked for a replacement
+under the same id with a new epoch. When that one is ready it is primary again for what it had, and what
+stood in for it is undone. A drain is the same path with the order turned round: first the copies, then
+the table, then the stop.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from tarragon.config import Config
+from tarragon.messages import (
+    Assign,
+    Control,
+    Drain,
+    Hello,
+    Peer,
+    Peers,
+    Ready,
+    Refused,
+    Report,
+    Role,
+    SignalWorker,
+    StartWorker,
+    Stop,
+    Suspicion,
+    TableAck,
+    TableUpdate,
+    Welcome,
+    WorkerExited,
+    WorkerStarted,
+)
+from tarragon.orchestrator.actions import Action, Disconnect, Note, SendTo, ToAgent
+from tarragon.orchestrator.membership import (
+    EPOCH_COUNTER_BITS,
+    Incarnation,
+    Membership,
+    Transition,
+    Worker,
+)
+from tarragon.orchestrator.planning import ExpertShape, Planner
+from tarragon.orchestrator.relations import judges_of, peers_of
+from tarragon.orchestrator.residency import NO_VERSION, Order, Residency, Step
+from tarragon.orchestrator.restarts import Restarts
+from tarragon.routing.placement import Placement, PlacementError
+from tarragon.routing.table import unreachable
+
+WorkerRole = Literal["attention", "expert"]
+PREFIXES: Final[dict[WorkerRole, str]] = {"attention": "aw", "expert": "ew"}
+GATEWAY: Final = "gateway"
+
+
+@dataclass
+class Leave:
+    """A drain in progress."""
+
+    deadline_s: float
+    empty: bool = False
+    """Attention workers: the gateway, or the worker itself, said that no request is left."""
+    stopping: bool = False
+
+
+class Recovery:
+    """The orchestrator's decisions. Every method that takes ``now_s`` is an event and returns actions."""
+
+    def __init__(self, config: Config, shape: ExpertShape, generation: int) -> None:
+        """Raises PlacementError if the experts do not fit on the configured workers."""
+        self.config = config
+        self.planner = Planner(config, shape)
+        self.membership = Membership(generation, probe_misses_max=config.probe_misses_max)
+        # Table versions carry the generation too: a restarted orchestrator's tables are newer ones.
+        self.residency = Residency(self.planner.first(), version=generation << EPOCH_COUNTER_BITS)
+        self.acked: dict[str, int] = {}
+        """Table version in use at each attention worker."""
+        self.counters: dict[str, dict[str, float]] = {}
+        """Last report of each worker."""
+        self.restarts = Restarts(config)
+        self.was_ready = False
+        self.meant: set[Incarnation] = set()
+        self.leaving: dict[str, Leave] = {}
+        self._probe_at_s: dict[str, float] = {}
+        self._peers_sent: dict[str, list[Peer]] = {}
+        self._unreachable: tuple[int, int] = (-1, 0)
+
+    # ------------------------------------------------------------------ questions
+
+    @property
+    def unreachable(self) -> int:
+        """Experts that no live worker hosts."""
+        table = self.residency.table
+        if self._unreachable[0] != table.version:
+            self._unreachable = table.version, len(unreachable(table))
+        return self._unreachable[1]
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are served: an attention worker, the gateway, and every expert."""
+        healthy = {w.role for w in self.membership.workers.values() if w.state == "healthy"}
+        return {"attention", "gateway"} <= healthy and self.unreachable == 0
+
+    @property
+    def full_capacity(self) -> bool:
+        """Whether every worker is healthy and every wanted copy of every expert is there."""
+        workers = self.membership.workers.values()
+        table, target = self.residency.table, self.residency.target
+        return all(w.state == "healthy" for w in workers) and all(
+            tuple(table.workers[i].worker_id for i in found) == target.holder_ids(layer, expert)
+            for layer, row in enumerate(table.candidates)
+            for expert, found in enumerate(row)
+        )
+
+    # ------------------------------------------------------------------ events: workers
+
+    def begin(self, now_s: float, adopted: Sequence[Hello] = ()) -> list[Action]:
+        """The node agent is there: start everything, the gateway first, as it takes longest.
+
+        ``adopted`` are workers of a former generation that run on; they are welcomed together, so that
+        no attention worker gets a table that lacks an expert worker it is connected to.
+        """
+        for hello in adopted:
+            worker = self.membership.adopt(hello, now_s)
+            self.acked[worker.worker_id] = NO_VERSION
+        actions: list[Action] = []
+        for worker in self.membership.by_role("expert"):
+            actions += self._join(worker, next(h for h in adopted if h.worker_id == worker.worker_id))
+        wanted: list[tuple[str, Role]] = [(GATEWAY, "gateway")]
+        wanted += [(f"aw-{i}", "attention") for i in range(self.config.attention_workers)]
+        wanted += [(f"ew-{i}", "expert") for i in range(self.config.expert_workers)]
+        step = self.residency.step()
+        for worker in list(self.membership.workers.values()):
+            actions += [note(worker, "adopted", f"pid {worker.pid}"), self._welcome(worker, step)]
+        for worker_id, role in wanted:
+            if worker_id not in self.membership.workers:
+                actions += self.start(worker_id, role, now_s)
+        return actions + self.settle(now_s)
+
+    def hello(self, hello: Hello, now_s: float) -> list[Action] | Refused:
+        """A worker dialled: its Welcome, or why it gets none."""
+        reason = self.membership.hello(hello, now_s)
+        if reason:
+            return Refused(reason=reason)
+        worker = self.membership.workers[hello.worker_id]
+        actions: list[Action] = [note(worker, "connected", f"pid {hello.pid}")]
+        if worker.role == "expert":
+            actions += self._join(worker, hello)
+        step = self.residency.step()
+        if worker.role == "attention":
+            self.acked[worker.worker_id] = self.residency.table.version
+        actions.append(self._welcome(worker, step))
+        return [*actions, *self._tell(step, but=worker), *self.settle(now_s)]
+
+    def receive(self, worker_id: str, epoch: int, message: Control, now_s: float) -> list[Action]:
+        """A message on the connection of this incarnation."""
+        worker = self.membership.current(worker_id, epoch)
+        if worker is None:
+            return []
+        if _sender(message) not in ((worker_id, epoch), None):
+            self.membership.refused["message_of_another_worker"] += 1
+            return []
+        actions = self.moved(self.membership.heard(worker_id, epoch, now_s))
+        match message:
+            case Ready():
+                return actions + self._on_ready(worker, message, now_s)
+            case TableAck(version=version) if version <= self.residency.table.version:
+                self.acked[worker_id] = max(version, self.acked.get(worker_id, 0))
+                return actions + self.settle(now_s)
+            case Report():
+                self.counters[worker_id] = message.counters
+                if message.expert_pairs and not self.planner.usage.report(
+                    worker_id, epoch, message.expert_pairs
+                ):
+                    self.membership.refused["malformed_report"] += 1
+                return actions
+            case Suspicion(reporter_id=reporter) if reporter == worker_id:
+                return actions + self._on_suspicion(worker, message, now_s)
+            case Drain(worker_id=drained) if worker.role == "gateway" or drained == worker_id:
+                return actions + self._on_empty(drained, now_s)
+            case _:
+                self.membership.refused["unexpected_message"] += 1
+                return actions
+
+    def connection_lost(self, worker_id: str, epoch: int, cause: str, now_s: float) -> list[Action]:
+        """The control connection of this incarnation ended."""
+        return self.died(self.membership.connection_lost(worker_id, epoch, cause), now_s)
+
+    def agent_says(self, message: WorkerStarted | WorkerExited, now_s: float) -> list[Action]:
+        """The node agent forked or reaped a process."""
+        if isinstance(message, WorkerStarted):
+            self.membership.started(message.worker_id, message.epoch, message.pid)
+            return []
+        words = message.status + (f" ({message.detail})" if message.detail else "")
+        told = Note("exited", message.worker_id, message.epoch, words)
+        moved = self.membership.exited(message.worker_id, message.epoch, words)
+        return [told, *self.died(moved, now_s, exited=True)]
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Time passed."""
+        actions: list[Action] = []
+        for worker_id in self.restarts.due(now_s):
+            actions += self.start(worker_id, self.membership.workers[worker_id].role, now_s)
+        for worker in list(self.membership.workers.values()):
+            if worker.state == "starting":
+                if now_s - worker.started_s > self.config.worker_ready_timeout_s:
+                    cause = f"not ready after {self.config.worker_ready_timeout_s:.0f} s"
+                    moved = self.membership.too_late(worker.worker_id, worker.epoch, cause)
+                    actions += self.died(moved, now_s)
+            elif worker.state == "suspect":
+                actions += self._probe(worker, now_s)
+            elif worker.state == "draining" and now_s >= self.leaving[worker.worker_id].deadline_s:
+                actions += self._stop(worker, now_s)
+        return actions
+
+    # ------------------------------------------------------------------ reactions
+
+    def _on_ready(self, worker: Worker, message: Ready, now_s: float) -> list[Action]:
+        moved = self.membership.ready(message, now_s)
+        if worker.worker_id in self.residency.holders:
+            self.residency.holds(worker.worker_id, message.resident, message.order)
+        return self.moved(moved, f"after {now_s - worker.started_s:.1f} s") + self.settle(now_s)
+
+    def _on_suspicion(self, reporter: Worker, message: Suspicion, now_s: float) -> list[Action]:
+        suspect = self.membership.workers.get(message.suspect_id)
+        judges = set() if suspect is None else judges_of(suspect, reporter, self.membership)
+        moved = self.membership.suspected(
+            message.suspect_id,
+            message.suspect_epoch,
+            (reporter.worker_id, reporter.epoch),
+            message.cause,
+            judges,
+        )
+        return self.died(moved, now_s)
+
+    def _on_empty(self, worker_id: str, now_s: float) -> list[Action]:
+        leave = self.leaving.get(worker_id)
+        if leave is None:
+            self.membership.refused["drain_of_nobody"] += 1
+            return []
+        leave.empty = True
+        return self.settle(now_s)
+
+    def _probe(self, worker: Worker, now_s: float) -> list[Action]:
+        """A suspect that sends nothing for some report intervals is dead: anything it says clears it."""
+        interval_s = self.config.report_interval_ms / 1e3
+        due_s = self._probe_at_s.setdefault(worker.worker_id, now_s + interval_s)
+        if now_s < due_s:
+            return []
+        self._probe_at_s[worker.worker_id] = now_s + interval_s
+        return self.died(self.membership.probe_missed(worker.worker_id, worker.epoch), now_s)
+
+    def died(
+        self, moved: Transition | None, now_s: float, *, exited: bool = False, replace: bool = True
+    ) -> list[Action]:
+        """Note a change of state, and if it was the last one of an incarnation, do what follows from it."""
+        if moved is None or moved.after != "dead":
+            return self.moved(moved)
+        worker = self.membership.workers[moved.worker_id]
+        actions = [*self.moved(moved), Disconnect(worker.worker_id, worker.epoch)]
+        if not exited:  # whatever is left of it ends: SIGTERM, and the node agent's SIGKILL after its grace
+            order = SignalWorker(worker_id=worker.worker_id, epoch=worker.epoch, signal=signal.SIGTERM)
+            actions.append(ToAgent(order))
+        self.acked.pop(worker.worker_id, None)
+        self._peers_sent.pop(worker.worker_id, None)
+        self.residency.leave(worker.worker_id)
+        if moved.before == "draining":
+            actions.append(note(worker, "left", "drained"))
+            self.forget(worker.worker_id)
+        elif replace:
+            actions += self._replace(worker, now_s)
+        self.meant.discard((moved.worker_id, moved.epoch))
+        return actions + self.settle(now_s)
+
+    def _replace(self, worker: Worker, now_s: float) -> list[Action]:
+        healthy_for_s = None if worker.ready_s is None else now_s - worker.ready_s
+        meant = (worker.worker_id, worker.epoch) in self.meant
+        due_s = self.restarts.died(worker.worker_id, healthy_for_s, now_s, meant=meant)
+        if due_s is None:
+            return self._give_up(worker)
+        if due_s <= now_s:
+            return self.start(worker.worker_id, worker.role, now_s)
+        return [note(worker, "backoff", f"starts again in {due_s - now_s:.1f} s")]
+
+    def _give_up(self, worker: Worker) -> list[Action]:
+        times = self.restarts.crashes(worker.worker_id)
+        text = f"{worker.worker_id} ended {times} times in a row: {worker.cause}"
+        if not self.was_ready:
+            # A cluster that never served is a mistake to be told, one that did goes on with what it has.
+            return [note(worker, "given up", text), ToAgent(Stop(reason=text))]
+        actions: list[Action] = [note(worker, "given up", text)]
+        if worker.role == "expert":
+            actions += self._retarget(self.planner.without, worker.worker_id)
+        return actions
+
+    # ------------------------------------------------------------------ parts of a reaction
+
+    def _join(self, worker: Worker, hello: Hello) -> list[Action]:
+        actions: list[Action] = []
+        if worker.worker_id not in self.residency.target.workers:
+            actions = self._retarget(self.planner.having, worker.worker_id)
+        self.residency.join(worker.peer, self.planner.room, hello.resident)
+        return actions
+
+    def _welcome(self, worker: Worker, step: Step) -> SendTo:
+        """The answer to Hello; takes the worker's order out of ``step``."""
+        order = step.orders.pop(worker.worker_id, Order(0, []))
+        peers = self._peers_sent[worker.worker_id] = peers_of(worker, self.membership)
+        table = self.residency.table
+        return send(worker, Welcome(table=table, assigned=order.experts, order=order.number, peers=peers))
+
+    def start(self, worker_id: str, role: Role, now_s: float) -> list[Action]:
+        worker = self.membership.start(worker_id, role, now_s)
+        self.restarts.started(worker_id)
+        self.counters.pop(worker_id, None)
+        order = StartWorker(worker_id=worker_id, role=role, epoch=worker.epoch)
+        return [note(worker, "start", role), ToAgent(order)]
+
+    def _stop(self, worker: Worker, now_s: float) -> list[Action]:
+        """End a drained worker: it is told, and killed if it does not obey."""
+        leave = self.leaving[worker.worker_id]
+        leave.deadline_s = now_s + self.config.shutdown_grace_s
+        if leave.stopping:
+            order = SignalWorker(worker_id=worker.worker_id, epoch=worker.epoch, signal=signal.SIGTERM)
+            return [ToAgent(order)]
+        leave.stopping = True
+        return [note(worker, "stop", "drained"), send(worker, Stop(reason="drained"))]
+
+    def forget(self, worker_id: str) -> None:
+        self.membership.forget(worker_id)
+        self.restarts.forget(worker_id)
+        self.counters.pop(worker_id, None)
+        self.leaving.pop(worker_id, None)
+
+    def settle(self, now_s: float) -> list[Action]:
+        """After any event: bring tables, orders, peers and drains up to date."""
+        self._supersede()
+        actions = self._tell(self.residency.step())
+        self._supersede()
+        for worker_id, leave in self.leaving.items():
+            worker = self.membership.workers[worker_id]
+            empty = self.residency.is_drained(worker_id) if worker.role == "expert" else leave.empty
+            if empty and not leave.stopping:
+                actions += self._stop(worker, now_s)
+        for worker in self.membership.workers.values():
+            peers = peers_of(worker, self.membership)
+            if worker.connected and peers != self._peers_sent.get(worker.worker_id):
+                self._peers_sent[worker.worker_id] = peers
+                actions.append(send(worker, Peers(peers=peers)))
+        self.was_ready = self.was_ready or self.ready
+        return actions
+
+    def _supersede(self) -> None:
+        in_use = [self.acked[w.worker_id] for w in self.membership.by_role("attention") if w.connected]
+        self.residency.superseded(min(in_use, default=self.residency.table.version))
+
+    def _tell(self, step: Step, but: Worker | None = None) -> list[Action]:
+        actions: list[Action] = []
+        if step.table is not None:
+            update = TableUpdate(table=step.table)
+            workers = [w for w in self.membership.by_role("attention") if w.connected and w is not but]
+            actions += [send(worker, update) for worker in workers]
+        for worker_id, order in step.orders.items():
+            assign = Assign(experts=order.experts, order=order.number)
+            actions.append(send(self.membership.workers[worker_id], assign))
+        return actions
+
+    def _retarget(self, plan: Callable[[str, Placement], Placement], worker_id: str) -> list[Action]:
+        try:
+            self.residency.aim(plan(worker_id, self.residency.target))
+        except PlacementError as error:
+            return [Note("placement", worker_id, 0, f"the placement stays as it is: {error}")]
+        return []
+
+    def moved(self, moved: Transition | None, text: str = "") -> list[Action]:
+        if moved is None:
+            return []
+        if moved.after != "suspect":
+            self._probe_at_s.pop(moved.worker_id, None)
+        return [Note(moved.after, moved.worker_id, moved.epoch, moved.cause or text)]
+
+
+def _sender(message: Control) -> Incarnation | None:
+    if isinstance(message, (Ready, TableAck, Report)):
+        return message.worker_id, message.epoch
+    return None
+
+
+def send(worker: Worker, message: Control) -> SendTo:
+    return SendTo(worker.worker_id, worker.epoch, message)
+
+
+def note(worker: Worker, kind: str, text: str) -> Note:
+    return Note(kind, worker.worker_id, worker.epoch, text)

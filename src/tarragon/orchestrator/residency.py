@@ -1,0 +1,226 @@
+"""Which experts shall each expert worker hold now, on the way from what is to the placement? Pure.
+
+The rules that make every move safe, planned or not:
+
+* the table lists only what a live worker said it holds;
+* nothing is dropped while a table that lists it may still be in use by an attention worker;
+* an expert that lost its last live copy is loaded on a survivor at once (cold load), even if a shadow
+  has to give way;
+* when the wanted holders are back, all of this undoes itself: the copy is unlisted, then dropped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from tarragon.messages import ExpertId, Peer, Table
+from tarragon.routing.placement import Placement
+from tarragon.routing.table import Located, build_table, empty_table, listed, same_routes
+
+NO_VERSION: Final = -1
+"""Stands for the unknown tables of a former orchestrator: older than any of ours."""
+
+
+@dataclass
+class Holder:
+    """One live expert worker."""
+
+    peer: Peer
+    room: int | None
+    """Experts that it may hold, at least 1; None is no limit."""
+    order: int = 0
+    """Number of the last order; 0 before the first."""
+    ordered: set[ExpertId] = field(default_factory=set)
+    """What it was told to hold by that order."""
+    open_orders: dict[int, set[ExpertId]] = field(default_factory=dict)
+    """Orders that it has not yet said to have carried out, the last one included."""
+    resident: set[ExpertId] = field(default_factory=set)
+    """What it said it holds, as far as it was not told to drop it since."""
+    ready: bool = False
+    draining: bool = False
+
+
+class Order(NamedTuple):
+    """What a worker shall hold from now on, the most needed first; numbered from 1 per incarnation."""
+
+    number: int
+    experts: list[ExpertId]
+
+
+class Step(NamedTuple):
+    """What has to be told: a new table, if routes changed, and new orders per worker id."""
+
+    table: Table | None
+    orders: dict[str, Order]
+
+
+class Residency:
+    """Tables and orders of one cluster. Call ``step`` after whatever changed."""
+
+    def __init__(self, target: Placement, version: int) -> None:
+        """``version`` is the number of the empty table that is in force at first."""
+        self.target = target
+        self.holders: dict[str, Holder] = {}
+        self.cold: dict[ExpertId, str] = {}
+        """Experts without a copy of their own, and the survivor that loads them."""
+        layers, experts = len(target.holders), len(target.holders[0])
+        self.table = empty_table(version, layers, experts)
+        self._in_use: list[tuple[int, dict[str, set[ExpertId]]]] = [(version, {})]
+        self._served: set[ExpertId] = set()
+        self._retarget()
+
+    # ------------------------------------------------------------------ events
+
+    def join(self, peer: Peer, room: int | None, resident: Iterable[ExpertId] = ()) -> None:
+        """An incarnation connected; what it holds already, a former orchestrator's tables may name."""
+        assert room is None or room > 0
+        held = set(resident)
+        self.holders[peer.worker_id] = Holder(
+            peer, room, ordered=held, resident=held.copy(), ready=bool(held)
+        )
+        if held:
+            self._in_use.append((NO_VERSION, {peer.worker_id: held.copy()}))
+
+    def leave(self, worker_id: str) -> None:
+        """An incarnation is gone, and all that it held."""
+        self.holders.pop(worker_id, None)
+        self.cold = {expert: w for expert, w in self.cold.items() if w != worker_id}
+
+    def drain(self, worker_id: str) -> None:
+        """The worker shall hold nothing in the end."""
+        self.holders[worker_id].draining = True
+
+    def holds(self, worker_id: str, resident: Iterable[ExpertId], order: int) -> None:
+        """The worker says what it holds, having carried out ``order`` (0: it does not say).
+
+        What an order that is still on its way makes it drop does not count any more.
+        """
+        holder = self.holders[worker_id]
+        holder.ready = True
+        known = set(resident) & holder.ordered
+        if order:
+            holder.open_orders = {n: experts for n, experts in holder.open_orders.items() if n > order}
+            known = known.intersection(*holder.open_orders.values())
+        else:
+            holder.open_orders.clear()
+        holder.resident = known
+
+    def aim(self, target: Placement) -> None:
+        """Pursue another placement."""
+        self.target = target
+        self._retarget()
+
+    def superseded(self, version: int) -> None:
+        """Every serving attention worker uses table ``version`` or a later one."""
+        self._in_use = [(v, names) for v, names in self._in_use if v >= version or v == self.table.version]
+
+    def is_drained(self, worker_id: str) -> bool:
+        """Whether no table in use sends rows to the worker."""
+        return not self._routable(worker_id)
+
+    # ------------------------------------------------------------------ the step
+
+    def step(self) -> Step:
+        """Decide the next table and orders; the caller sends them."""
+        self._choose_cold_loads()
+        wanted = {worker_id: self._wanted(worker_id) for worker_id in self.holders}
+        ranked = sorted(self.holders.values(), key=lambda h: (h.draining, id_order(h.peer.worker_id)))
+        located = [Located(h.peer, h.resident & set(wanted[h.peer.worker_id])) for h in ranked]
+        table = build_table(self.table.version + 1, self.target, located)
+        changed = not same_routes(table, self.table)
+        if changed:
+            self.table = table
+            names = listed(table)
+            self._in_use.append((table.version, names))
+            self._served |= set().union(*names.values())
+        orders = {}
+        for worker_id, holder in self.holders.items():
+            experts = self._order(holder, wanted[worker_id])
+            if holder.order == 0 or set(experts) != holder.ordered:
+                holder.order += 1
+                holder.ordered = holder.open_orders[holder.order] = set(experts)
+                holder.resident &= holder.ordered
+                orders[worker_id] = Order(holder.order, experts)
+        return Step(table if changed else None, orders)
+
+    def _retarget(self) -> None:
+        workers = self.target.workers
+        self._assigned = {worker_id: self.target.assigned(worker_id) for worker_id in workers}
+        self._primaries = Counter(workers[holders[0]] for row in self.target.holders for holders in row)
+
+    def _choose_cold_loads(self) -> None:
+        held = set().union(*(h.resident for h in self.holders.values())) if self.holders else set()
+        loading = {e for h in self.holders.values() if not h.draining for e in h.ordered}
+        self.cold = {
+            expert: worker_id for expert, worker_id in self.cold.items() if not self._has_wanted_copy(expert)
+        }
+        # Experts that cannot make way: what is loaded in an emergency, and primaries.
+        firm = {
+            worker_id: self._primaries.get(worker_id, 0) + list(self.cold.values()).count(worker_id)
+            for worker_id, holder in self.holders.items()
+            if holder.ready and not holder.draining
+        }
+        for expert in sorted(self._served - held - loading - set(self.cold)):
+            hosts = [w for w, count in firm.items() if count < (self.holders[w].room or count + 1)]
+            if not hosts:
+                return
+            host = min(hosts, key=lambda w: (firm[w], id_order(w)))
+            self.cold[expert] = host
+            firm[host] += 1
+
+    def _has_wanted_copy(self, expert: ExpertId) -> bool:
+        ids = self.target.holder_ids(expert.layer, expert.expert)
+        return any(expert in self.holders[i].resident for i in ids if i in self.holders)
+
+    def _wanted(self, worker_id: str) -> list[ExpertId]:
+        """What the worker shall hold in this state of the cluster, the most needed first, within its room."""
+        holder = self.holders[worker_id]
+        cold = [expert for expert, w in self.cold.items() if w == worker_id]
+        target = [] if holder.draining else self._assigned.get(worker_id, [])
+        own = {*cold, *target}
+        only_copy, spare_copy = [], []
+        for expert in sorted(holder.resident - own):
+            if not self._has_wanted_copy(expert) and not self._has_cold_copy(expert):
+                only_copy.append(expert)
+            elif self._misses_a_holder(expert):
+                spare_copy.append(expert)
+        wanted = list(dict.fromkeys([*cold, *only_copy, *target, *spare_copy]))
+        if holder.room is None or holder.draining:
+            return wanted
+        # A copy that waits to be taken over may go one beyond the budget: two full workers could not
+        # exchange experts otherwise.
+        return wanted[: holder.room + bool(only_copy)]
+
+    def _has_cold_copy(self, expert: ExpertId) -> bool:
+        host = self.cold.get(expert)
+        return host is not None and expert in self.holders[host].resident
+
+    def _misses_a_holder(self, expert: ExpertId) -> bool:
+        ids = self.target.holder_ids(expert.layer, expert.expert)
+        return any(i not in self.holders or expert not in self.holders[i].resident for i in ids)
+
+    def _routable(self, worker_id: str) -> set[ExpertId]:
+        """Experts for which a table in use may send rows to the worker."""
+        return set().union(*(names.get(worker_id, ()) for _, names in self._in_use))
+
+    def _order(self, holder: Holder, wanted: list[ExpertId]) -> list[ExpertId]:
+        """``wanted``, with what must not be dropped yet, and without what finds no room yet."""
+        staying = holder.resident & self._routable(holder.peer.worker_id)
+        kept = sum(expert in holder.resident for expert in wanted) + len(staying - set(wanted))
+        limit = len(wanted) + kept if holder.room is None else max(holder.room, len(wanted))
+        order = []
+        for expert in wanted:
+            if expert in holder.resident:
+                order.append(expert)
+            elif kept < limit:
+                order.append(expert)
+                kept += 1
+        return order + sorted(staying - set(wanted))
+
+
+def id_order(worker_id: str) -> tuple[int, str]:
+    """Sorts ew-2 before ew-10."""
+    return len(worker_id), worker_id
