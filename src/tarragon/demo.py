@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from tarragon.admin import AdminError
 from tarragon.cluster import Cluster, ClusterError
-from tarragon.display import Bars, summary, workers_table
+from tarragon.display import Bars, number, summary
+from tarragon.models.shape import DTYPE_BYTES, MoeModel, read_model
 
 _QUESTIONS: Final = (
     "What is tarragon, and what is it good with? Answer in two sentences.",
@@ -23,6 +26,8 @@ _QUESTIONS: Final = (
 _KV_CACHE_BYTES: Final = 256 << 20
 _TOKENS_MAX: Final = 96
 _ANSWER_TIMEOUT_S: Final = 120.0
+_REPORT_WAIT_S: Final = 2.0
+"""Until the workers have reported what they did (twice their default interval)."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -36,9 +41,10 @@ def main(args: Sequence[str]) -> int:
         notes.print(cluster.ready_line, highlight=False)
         for question in _QUESTIONS:
             show_answer(cluster.url, question)
+        time.sleep(_REPORT_WAIT_S)
         status = cluster.status()
         console = Console()
-        console.print(workers_table(status))
+        console.print(work_table(status, read_model(folder)))
         console.print(summary(status), highlight=False)
     except (ClusterError, AdminError, httpx.HTTPError) as error:
         print(f"tarragon: {error}", file=sys.stderr)
@@ -54,6 +60,34 @@ def make_model(notes: Console) -> Path:
 
     with Progress(console=notes, transient=True) as progress:
         return Path(ensure_demo_model(progress=Bars(progress)))
+
+
+def work_table(status: Mapping[str, Any], model: MoeModel) -> Table:
+    """Who did what: per worker the tokens, the (token, expert) pairs and the bytes of rows sent and returned."""
+    table = Table(title="Who did what")
+    for title in ("worker", "role", "state"):
+        table.add_column(title)
+    for title in ("tokens", "pairs", "bytes moved", "experts held"):
+        table.add_column(title, justify="right")
+    row_bytes = model.hidden * DTYPE_BYTES[model.dtype]
+    for worker in status["workers"]:
+        pairs = worker.get("counters", {}).get("pairs")
+        # Every token passes every MoE layer, and there the experts that its gate selects.
+        tokens = (
+            None
+            if pairs is None or worker["role"] != "attention"
+            else pairs / (len(model.moe_layers) * model.top_k)
+        )
+        table.add_row(
+            worker["id"],
+            worker["role"],
+            worker["state"],
+            number(tokens),
+            number(pairs),
+            number(None if pairs is None else 2 * pairs * row_bytes),
+            number(worker.get("experts_resident")),
+        )
+    return table
 
 
 def show_answer(url: str, question: str) -> None:

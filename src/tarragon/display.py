@@ -34,46 +34,52 @@ class Bars:
 def summary(status: Mapping[str, Any]) -> Text:
     """One line: does it serve, is it whole, and what does not hold at the moment."""
     experts = status.get("experts", {})
+    unreachable = f", {experts['unreachable']} unreachable" if experts.get("unreachable") else ""
     parts = [
         "serving" if status.get("ready") else "not serving",
         "full capacity" if status.get("full_capacity") else "reduced capacity",
-        "exact" if status.get("exact") else f"not exact{_because(status.get('inexact_reason'))}",
-        "protected" if status.get("protected") else "unprotected",
+        "exact" if status.get("exact") else f"not exact{_because(status.get('exact_reason'))}",
+        "protected" if status.get("protected") else f"unprotected{_because(status.get('protected_reason'))}",
+        f"{experts.get('total', 0)} experts, {experts.get('with_shadow', 0)} with a shadow{unreachable}",
         f"table version {status.get('ert_version', 0)}",
-        f"{experts.get('total', 0)} experts, {experts.get('with_shadow', 0)} with a shadow"
-        + (f", {experts['unreachable']} unreachable" if experts.get("unreachable") else ""),
     ]
     return Text("; ".join(parts))
 
 
 def workers_table(status: Mapping[str, Any]) -> Table:
-    """One row per worker: who it is, how it is, and what it has done since it started."""
-    workers = status.get("workers", [])
-    counters = sorted({name for worker in workers for name in worker.get("counters", {})})
+    """One row per worker: who it is, how it is, and what it holds and has done since it started."""
     table = Table()
     for title in ("worker", "role", "state"):
         table.add_column(title)
-    for title in ("pid", "epoch", *(name.removesuffix("_total").replace("_", " ") for name in counters)):
+    for title in ("pid", "epoch", "pairs", "experts", "GB"):
         table.add_column(title, justify="right")
-    for worker in workers:
+    table.add_column("note")
+    for worker in status.get("workers", []):
         state = str(worker.get("state", ""))
-        numbers = [_number(worker.get("counters", {}).get(name)) for name in counters]
+        resident = worker.get("resident_bytes")
         table.add_row(
             str(worker.get("id", "")),
             str(worker.get("role", "")),
             Text(state, style=_STATE_STYLES.get(state, "")),
             str(worker.get("pid", "")),
             str(worker.get("epoch", "")),
-            *numbers,
+            number(worker.get("counters", {}).get("pairs")),
+            number(worker.get("experts_resident")),
+            "" if resident is None else f"{resident / 1e9:.2f}",
+            _note(worker),
         )
     return table
 
 
+def number(value: float | None) -> str:
+    """A count for people: thousands apart, nothing for None."""
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _note(worker: Mapping[str, Any]) -> str:
+    note = str(worker.get("cause", ""))
+    return f"given up: {note}" if worker.get("given_up") else note
+
+
 def _because(reason: Any) -> str:
     return f" ({reason})" if reason else ""
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"

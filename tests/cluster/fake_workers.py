@@ -35,6 +35,9 @@ def orchestrate(boot: Boot) -> None:
     """Accept the agent, dial the test, copy frames both ways until either is gone."""
     if os.environ.get("TEST_ORCHESTRATOR") == "broken":
         raise RuntimeError("no orchestrator today")
+    if os.environ.get("TEST_ORCHESTRATOR") == "refuses":
+        print("tarragon: the experts do not fit", file=sys.stderr)
+        sys.exit(2)
     listener = Listener(
         boot.orchestrator_address, boot.secret, frame_bytes_max=FRAME_BYTES_MAX, handshake_timeout_s=5
     )

@@ -367,6 +367,14 @@ def test_an_orchestrator_that_cannot_start_is_one_sentence(make_agent: Callable[
     )
 
 
+def test_what_the_orchestrator_asks_of_the_user_is_one_sentence_and_exit_code_2(
+    make_agent: Callable[..., Agent],
+) -> None:
+    agent = make_agent(environ={"TEST_ORCHESTRATOR": "refuses"})
+    assert agent.process.wait(TIMEOUT_S) == 2
+    assert agent.log().splitlines()[-1] == "tarragon: the experts do not fit"
+
+
 def test_a_worker_that_fails_twice_before_the_cluster_is_ready_ends_the_start(
     make_agent: Callable[..., Agent], tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ STATUS = {
             "pid": 4242,
             "epoch": 1048577,
             "state": "healthy",
-            "counters": {"tokens_total": 1234567},
+            "counters": {"pairs": 1234567.0},
         },
         {"id": "ew-1", "role": "expert", "pid": 4243, "epoch": 1048578, "state": "dead"},
     ],

@@ -286,6 +286,33 @@ def test_a_worker_that_is_not_what_it_should_be_is_not_used(facts: dict[str, Any
     run(test)
 
 
+def test_a_draining_worker_ends_what_it_has_and_gets_nothing_new() -> None:
+    async def test(cluster: Cluster) -> None:
+        drained: list[str] = []
+        cluster.client.on_drained = drained.append
+        workers = [await cluster.worker(name, frozen=True) for name in ("aw-0", "aw-1")]
+        await cluster.connected("aw-0", "aw-1")
+        for name in ("a", "b"):
+            await cluster.client.add_request_async(request(name))
+        cluster.client.drain("aw-0")
+        for name in ("c", "d"):
+            await cluster.client.add_request_async(request(name))
+        await cluster.until(lambda: [len(worker.added) for worker in workers] == [1, 3])
+        assert drained == []
+        for worker in workers:
+            worker.frozen = False
+        assert await cluster.text("a") == expected(workers[0].added[0])
+        assert drained == ["aw-0"]
+        cluster.client.drain("aw-1")
+        await cluster.until(lambda: drained == ["aw-0", "aw-1"])
+        assert not cluster.client.available.is_set(), "nobody takes requests"
+        await cluster.client.add_request_async(request("e"))
+        await cluster.worker("aw-1", epoch=2)
+        assert len(await cluster.text("e")) == 4, "a new incarnation is not draining"
+
+    run(test)
+
+
 def test_the_prefix_cache_of_every_worker_is_emptied() -> None:
     async def test(cluster: Cluster) -> None:
         await cluster.worker("aw-0")

@@ -28,6 +28,8 @@ from tarragon.transport.link import DataLink, LinkRefused, Offer
 from tarragon.transport.local import Connection
 from tarragon.transport.region import Region, RegionError, RegionShape
 
+pytestmark = pytest.mark.filterwarnings("error::ResourceWarning")
+
 OFFER = Offer(worker_id="aw-0", epoch=5, peer_epoch=7, shape=RegionShape("float32", hidden=48, pairs_max=10))
 ROWS = DataFrame(DataKind.ROWS, 3, 5, 7, 10, 1 << 40, 1, 2)
 RESULT = DataFrame(DataKind.RESULT, 3, 7, 5, 10, 1 << 40)
@@ -95,12 +97,13 @@ def test_the_descriptor_stays_readable_until_the_end_was_seen() -> None:
         assert ew.torn == 0
 
 
-def test_frames_in_pieces_are_put_together() -> None:
+@pytest.mark.parametrize("piece_bytes", [1, 7, 33, 41, 1_000])
+def test_frames_in_pieces_are_put_together(piece_bytes: int) -> None:
     with linked() as (aw, ew):
         wire = b"".join(pack_data(ROWS._replace(step=step)) for step in range(200))
         received: list[DataFrame] = []
-        for start in range(0, len(wire), 7):
-            aw.sock.sendall(wire[start : start + 7])
+        for start in range(0, len(wire), piece_bytes):
+            aw.sock.sendall(wire[start : start + piece_bytes])
             received += ew.recv_ready()
         assert [frame.step for frame in received] == list(range(200))
 

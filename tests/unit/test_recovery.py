@@ -33,6 +33,7 @@ from tarragon.messages import (
     WorkerStarted,
 )
 from tarragon.orchestrator.actions import Action, Disconnect, Note, SendTo, ToAgent
+from tarragon.orchestrator.adoption import Adoption
 from tarragon.orchestrator.commands import Commands
 from tarragon.orchestrator.membership import MembershipError
 from tarragon.orchestrator.planning import ExpertShape
@@ -261,6 +262,7 @@ class Cluster:
 
 def hello_of(process: Process) -> Hello:
     return Hello(
+        resident=sorted(process.resident),
         worker_id=process.worker_id,
         role=process.role,
         epoch=process.epoch,
@@ -796,3 +798,104 @@ def test_versions_and_epochs_of_a_later_generation_are_newer() -> None:
     first.settle()
     assert second.recovery.residency.table.version > first.recovery.residency.table.version
     assert min(s.epoch for s in second.starts) > max(p.epoch for p in first.live)
+
+
+# ------------------------------------------------------------------ a restarted orchestrator
+
+
+def restarted(cluster: Cluster, gone: tuple[str, ...] = ()) -> Cluster:
+    """A second generation that finds the workers of the first, but for ``gone``."""
+    second = Cluster.__new__(Cluster)
+    vars(second).update(vars(cluster))
+    config, shape = cluster.recovery.config, ExpertShape(2, 4, EXPERT_BYTES)
+    second.recovery = Recovery(config, shape, generation=2)
+    second.commands = Commands(second.recovery)
+    second.processes = {i: p for i, p in cluster.processes.items() if i not in gone}
+    adoption = Adoption(2)
+    for process in cluster.live:
+        adoption.hello(hello_of(process))
+        if process.worker_id not in gone:
+            adoption.agent_says(
+                WorkerStarted(worker_id=process.worker_id, epoch=process.epoch, pid=process.pid)
+            )
+    second.do(second.recovery.begin(second.now_s, adoption.result()))
+    return second
+
+
+def test_a_restarted_orchestrator_takes_over_what_runs() -> None:
+    first = started(config_of(expert=3))
+    epochs = {p.worker_id: p.epoch for p in first.live}
+    before = first.recovery.residency.table
+    second = restarted(first)
+    assert not second.starts
+    for process in second.live:
+        welcome = next(m for m in process.inbox if isinstance(m, Welcome))
+        assert welcome.table.version > before.version
+        assert welcome.table.workers == before.workers
+        assert welcome.table.candidates == before.candidates
+    for process in second.live:
+        process.booted = False
+    second.settle()
+    second.check_complete()
+    assert {p.worker_id: p.epoch for p in second.live} == epochs
+
+
+def test_a_restarted_orchestrator_replaces_what_is_gone() -> None:
+    first = started(config_of(expert=2))
+    second = restarted(first, gone=("ew-0", "gateway"))
+    assert sorted(s.worker_id for s in second.starts) == ["ew-0", "gateway"]
+    assert second.recovery.unreachable == 0
+    for process in second.live:
+        process.booted = False
+    second.settle()
+    second.check_complete()
+
+
+def test_a_restarted_orchestrator_drops_nothing_that_old_tables_may_name() -> None:
+    first = started(config_of(attention=1, expert=2))
+    first.do(first.commands.add("expert", first.now_s)[1])
+    first.settle()  # experts have moved to ew-2, which the configuration does not know
+    second = restarted(first)
+    for worker_id in ("ew-0", "ew-1", "ew-2"):
+        welcome = second.processes[worker_id].inbox[0]
+        assert isinstance(welcome, Welcome)
+        assert set(welcome.assigned) >= second.processes[worker_id].resident
+    for process in second.live:
+        process.booted = False
+    second.settle()
+    second.check_complete()
+
+
+def test_only_vouched_former_incarnations_are_adopted() -> None:
+    adoption = Adoption(generation=2)
+    old, new = 1 << 20 | 1, 2 << 20 | 1
+
+    def hello(worker_id: str, epoch: int) -> None:
+        adoption.hello(hello_of(Process(worker_id, "expert", epoch, 1)))
+
+    for worker_id, epoch in (("ew-0", old), ("ew-1", old), ("ew-2", new), ("ew-3", old), ("ew-4", old + 1)):
+        hello(worker_id, epoch)
+    hello("ew-4", old)
+    for worker_id, epoch in (("ew-0", old), ("ew-2", new), ("ew-3", old), ("ew-4", old + 1), ("ew-5", old)):
+        adoption.agent_says(WorkerStarted(worker_id=worker_id, epoch=epoch, pid=1))
+    adoption.agent_says(WorkerExited(worker_id="ew-3", epoch=old, pid=1, status="exit code 0"))
+    assert [(h.worker_id, h.epoch) for h in adoption.result()] == [("ew-0", old), ("ew-4", old + 1)]
+
+
+def test_experts_that_the_model_does_not_have_are_ignored() -> None:
+    cluster = started(config_of())
+    ew_0 = cluster.processes["ew-0"]
+    before = cluster.recovery.residency.table
+    odd = {ExpertId(-1, 0), ExpertId(0, 99), ExpertId(99, 0)}
+    report = Ready(
+        worker_id="ew-0",
+        epoch=ew_0.epoch,
+        fingerprint="same",
+        exact=True,
+        resident=sorted(odd | ew_0.resident),
+    )
+    cluster.say(ew_0, report)
+    assert cluster.recovery.residency.table is before
+    cluster.kill(index_of(cluster, "ew-1"))
+    cluster.settle()
+    cluster.check_complete()

@@ -33,6 +33,8 @@ from tarragon.testing.ends import (
 )
 from tarragon.transport.local import Connection, HandshakeError
 
+pytestmark = pytest.mark.filterwarnings("error::ResourceWarning")
+
 # ------------------------------------------------------------------ delivery
 
 

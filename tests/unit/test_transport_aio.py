@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 
 import pytest
 import uvloop
@@ -18,21 +18,27 @@ from tarragon.testing.ends import (
     FRAME_BYTES_MAX,
     SECRET,
     WAIT_S,
+    async_pair,
     call,
+    call_async,
+    echo,
     frame_bytes,
     listen,
     new_address,
     no_descriptor_left,
     no_leak,
     process,
+    serving,
 )
 from tarragon.transport.local import (
     AsyncConnection,
     AsyncServer,
     HandshakeError,
-    dial_async,
     serve_async,
 )
+
+# A socket that only the garbage collector closes is a fault, even if its number is free again by then.
+pytestmark = pytest.mark.filterwarnings("error::ResourceWarning")
 
 Run = Callable[[Coroutine[None, None, None]], None]
 
@@ -50,44 +56,10 @@ def run(request: pytest.FixtureRequest) -> Run:
     return run_bounded
 
 
-async def call_async(address: str, timeout_s: float = WAIT_S, secret: bytes = SECRET) -> AsyncConnection:
-    return await dial_async(address, secret, timeout_s=timeout_s, frame_bytes_max=FRAME_BYTES_MAX)
-
-
-async def echo(connection: AsyncConnection) -> None:
-    while (payload := await connection.recv()) is not None:
-        await connection.send(payload)
-
-
-@contextlib.asynccontextmanager
-async def serving(
-    handler: Callable[[AsyncConnection], Awaitable[None]] = echo, handshake_timeout_s: float = WAIT_S
-) -> AsyncIterator[tuple[str, AsyncServer]]:
-    server = await serve_async(
-        address := new_address(),
-        SECRET,
-        handler,
-        frame_bytes_max=FRAME_BYTES_MAX,
-        handshake_timeout_s=handshake_timeout_s,
-    )
-    try:
-        yield address, server
-    finally:
-        server.close()
-        await server.wait_closed()
-
-
 async def refusals(server: AsyncServer, count: int) -> None:
     """Wait for the server to have refused ``count`` dialers."""
     while server.refused != count:  # noqa: ASYNC110 (a plain counter on purpose)
         await asyncio.sleep(0.001)
-
-
-def async_pair(send_timeout_s: float = WAIT_S) -> tuple[socket.socket, AsyncConnection]:
-    """A bare non-blocking socket and a connection."""
-    bare, sock = socket.socketpair()
-    bare.setblocking(False)
-    return bare, AsyncConnection(sock, frame_bytes_max=FRAME_BYTES_MAX, send_timeout_s=send_timeout_s)
 
 
 def test_frames_of_any_size_come_back_whole(run: Run) -> None:
@@ -242,7 +214,7 @@ def test_a_stopped_peer_does_not_block_a_send_for_ever(run: Run) -> None:
     run(body())
 
 
-def test_a_send_that_is_cancelled_in_mid_frame_ends_the_connection(run: Run) -> None:
+def test_a_send_cancelled_in_mid_frame_ends_the_connection(run: Run) -> None:
     async def body() -> None:
         bare, connection = async_pair()
         sending = asyncio.create_task(connection.send(bytes(FRAME_BYTES_MAX)))
@@ -393,6 +365,21 @@ def test_closing_the_server_ends_its_handlers_and_frees_the_address(run: Run) ->
         stranger.close()
         connection.close()
         listen(address).close()
+
+    run(body())
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_server_closed_at_any_moment_of_an_accept_leaves_nothing(run: Run, turns: int) -> None:
+    async def body() -> None:
+        async with serving() as (address, _):
+            dialer = socket.socket(socket.AF_UNIX)
+            dialer.connect(address)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        with contextlib.suppress(ConnectionResetError):
+            assert dialer.recv(1) == b""
+        dialer.close()
 
     run(body())
 

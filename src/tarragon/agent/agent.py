@@ -35,6 +35,8 @@ GENERATION_BITS: Final = 20
 GENERATION_MAX: Final = (1 << 32 - GENERATION_BITS) - 1
 """Data frames carry epochs in 32 bits."""
 USAGE_EXIT_CODE: Final = 2
+_USAGE: Final = f"exit code {USAGE_EXIT_CODE}: tarragon: "
+"""How an ended child says that the user has to change something."""
 _CONSOLE: Final = "console"
 _ORCHESTRATOR: Final = "orchestrator"
 
@@ -173,7 +175,9 @@ class NodeAgent:
         self._link.end()
         if self._is_stopping:
             return
-        if not self._link.was_ever_up:
+        if not self._link.was_ever_up and why.startswith(_USAGE):
+            self._fail(why.removeprefix(_USAGE), code=USAGE_EXIT_CODE)
+        elif not self._link.was_ever_up:
             self._fail(f"the orchestrator could not start: {why}")
         elif self._generation == GENERATION_MAX or not self._restarts.spend(time.monotonic()):
             self._fail(f"the orchestrator ended too often: {why}")

@@ -14,7 +14,7 @@ _WRITE_BYTES: Final = select.PIPE_BUF
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ERROR_NAME = re.compile(r"(Error|Exception|Refused|Exit|Interrupt)(:|$)")
-_CAUSES = re.compile(r"\bERROR\b|\bCRITICAL\b|^Fatal Python error|^terminate called")
+_CAUSES = re.compile(r"\bERROR\b|\bCRITICAL\b|^Fatal Python error|^terminate called|^tarragon: ")
 
 
 def looks_like_error(line: str) -> bool:

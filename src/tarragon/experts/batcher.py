@@ -24,7 +24,9 @@ when its last slice is. A decode batch takes along prefill frames of its layer t
 **What waits.** A decode batch at layer l waits for worker y if *all* of this holds:
 
 * y is in a decode step, has no frame here, and its next layer lies in [l - ``batch_align_layers_max``, l].
-  Plain order, no wrap-around: whoever is furthest behind waits for nobody, so waits form no cycle.
+  Plain order, no wrap-around; and a worker that has finished its last layer counts again only once it has
+  begun its next step, for until then another expert worker may hold it. So whoever is held waits for one
+  that is at a lower layer or held by nobody: waits form no cycle.
 * y is expected before half of ``batch_join_wait_us_max`` has passed since the batch's first frame came,
   and is not late by its own habit already. Habits are learnt as TCP learns round-trip times; the other
   half of the bound is room for what cannot be foreseen (y held up at another expert worker).
@@ -37,16 +39,16 @@ when its last slice is. A decode batch takes along prefill frames of its layer t
 A wait ends when all of these y have come or can no longer; at ``batch_join_wait_us_max`` it is given
 up, counted in ``waits_expired``, and the batch names the absent in ``missed``, to be probed.
 
-**Why not simpler.** Figures of ``tarragon simulate`` decided. Waiting for every worker at most two
-layers behind, for at most 2 ms, expires hundreds of times a run when layers take longer than that, and
-with a longer bound a worker with five times the attention work slows a fast one to 0.4 of its speed;
-the rules above leave that one as fast as without any waiting. Holding the early frames of layer 0 until
-others wrap around, as 5.4 has it, gained nothing: a worker within two layers is met there anyway.
+**Why not simpler.** Simulations decided (``tarragon simulate`` shows what is left). Waiting for everyone
+at most two layers behind, at most 2 ms: with heavy experts a quarter of the waits expired. With a longer
+bound, one worker with five times the attention work slowed the others to 0.4 of their speed; with the
+pace rule they are as fast as without waiting. Counting on the next step before it began: cycles, in models
+of few layers. Holding early frames of layer 0 until others wrap around, as 5.4 has it: no better batches,
+and 2 % slower with four layers; whoever begins within two layers of another is met there anyway.
 """
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Final, NamedTuple
 
 from tarragon.config import Config
@@ -133,9 +135,6 @@ class Stats:
         return {name: float(getattr(self, name)) for name in self.__slots__}
 
 
-_by_rank = attrgetter("rank")
-
-
 class Batcher:
     """Decides what one expert worker computes next; one batch runs at a time.
 
@@ -171,7 +170,7 @@ class Batcher:
     # ------------------------------------------------------------------ who is here
 
     def worker_joined(self, key: Key, now: int) -> None:
-        """Its link was accepted; its first message will tell where it is. Raises BatchError if it is known."""
+        """Its link was accepted; its first message tells where it is. Raises BatchError if it is known."""
         if key in self._workers:
             raise BatchError(RefusalReason.STALE_EPOCH, f"{key} is here already")
         self._workers[key] = Frontier(key)
@@ -227,9 +226,15 @@ class Batcher:
         worker.frame, worker.frame_prefill, worker.waited = FRAME_QUEUED, prefill, False
         worker.first, worker.pairs, worker.done, worker.arrived_us = first, pairs, 0, now
         worker.rank = layer + (0 if flags & _PRIORITY else layers) + (2 * layers if prefill else 0)
-        self._queue.append(worker)
-        self._queue.sort(key=_by_rank)
+        self._enqueue(worker, len(self._queue))
         return False
+
+    def _enqueue(self, worker: Frontier, place: int) -> None:
+        """Insert a frame at ``place`` or, to keep the order of ranks, before it."""
+        queue, rank = self._queue, worker.rank
+        while place and queue[place - 1].rank > rank:
+            place -= 1
+        queue.insert(place, worker)
 
     def batch_done(self, now: int) -> list[Member]:
         """The running batch is computed; returns the members whose frames are complete, to be answered.
@@ -252,8 +257,9 @@ class Batcher:
             else:
                 worker.done += member.pairs
                 worker.frame = FRAME_QUEUED
-                self._queue.insert(0, worker)  # the sort is stable: ahead of its equals
-                self._queue.sort(key=_by_rank)
+                # What was begun is finished before its equals: it goes where the first of them is.
+                ahead = sum(1 for other in self._queue if other.rank < worker.rank)
+                self._enqueue(worker, ahead)
         return finished
 
     # ------------------------------------------------------------------ decisions
@@ -285,46 +291,46 @@ class Batcher:
                 return self._run(worker, (), now)
             if now >= deadline:
                 return self._give_up(worker, absent, now)
-            self._mark_waiting(worker.layer)
             if deadline < wait.deadline_us:
-                wait = WaitUntil(deadline, tuple(y.key for y in absent))
+                wait = WaitUntil(deadline, tuple([y.key for y in absent]))
         self._waiting_since_us = now
         return wait
 
     def _absent(self, layer: int, now: int) -> tuple[int, list[Frontier]]:
-        """Deadline of the decode batch at ``layer``, and the workers it should wait for until then."""
+        """Deadline of the decode batch at ``layer``, and the workers it waits for until then."""
         pairs, first_us, pace_us, waiting = 0, now, NEVER_US, False
         for member in self._queue:
             if member.layer == layer:
                 pairs += member.pairs - member.done
-                first_us = min(first_us, member.arrived_us)
-                pace_us = min(pace_us, member.between_layers.mean)
-                waiting = waiting or member.waited
+                waiting |= member.waited
+                if member.arrived_us < first_us:
+                    first_us = member.arrived_us
+                if member.between_layers.mean < pace_us:
+                    pace_us = member.between_layers.mean
         absent: list[Frontier] = []
-        if pairs >= self._pairs_min:
+        if pairs >= self._pairs_min or not self._wait_us_max:
             return 0, absent
+        serving_us = self._serving.mean
         earliest_us = first_us if waiting else now
         latest_us = first_us + self._plan_us_max
-        pace_us += self._serving.mean
         for y in self._workers.values():
-            if y.frame != FRAME_NONE or not y.in_step or y.prefill or y.overdue:
+            if y.frame or not y.in_step or y.prefill or y.overdue:
                 continue
             behind = layer - y.next_layer
-            if not 0 <= behind <= self._align or y.between_layers.mean > pace_us:
+            if not 0 <= behind <= self._align or y.between_layers.mean > pace_us + serving_us:
                 continue
             due_us = y.due_us
             if behind:
-                due_us += behind * (self._serving.mean + y.between_layers.high)
+                due_us += behind * (serving_us + y.between_layers.high)
             if earliest_us <= due_us <= latest_us:
                 absent.append(y)
-        return first_us + self._wait_us_max, absent
-
-    def _mark_waiting(self, layer: int) -> None:
-        members = [worker for worker in self._queue if worker.layer == layer]
-        if not any(worker.waited for worker in members):
+        if absent and not waiting:
             self.stats.waits += 1
-        for worker in members:
-            worker.waited = True
+        if absent:
+            for member in self._queue:
+                if member.layer == layer:
+                    member.waited = True
+        return first_us + self._wait_us_max, absent
 
     def _give_up(self, head: Frontier, absent: list[Frontier], now: int) -> RunBatch:
         self.stats.waits_expired += 1
@@ -339,25 +345,26 @@ class Batcher:
         kept: list[Frontier] = []
         total = 0
         for worker in self._queue:
-            pairs = self._slice(worker, layer, prefill, total)
+            pairs = self._slice(worker, prefill, total) if worker.layer == layer else 0
             if not pairs:
                 kept.append(worker)
                 continue
             total += pairs
+            done = worker.done
             worker.frame = FRAME_RUNNING
-            first = worker.first + worker.done
-            last = worker.done + pairs == worker.pairs
-            members.append(Member(worker.key, layer, first, pairs, worker.step, last))
+            members.append(
+                Member(
+                    worker.key, layer, worker.first + done, pairs, worker.step, done + pairs == worker.pairs
+                )
+            )
         self._queue = kept
         self._running = run = RunBatch(layer, members, total, prefill, missed)
         self._started_us = now
         self._count(run)
         return run
 
-    def _slice(self, worker: Frontier, layer: int, prefill: bool, total: int) -> int:
-        """Pairs of this frame that a batch which has ``total`` pairs takes; 0 for none."""
-        if worker.layer != layer:
-            return 0
+    def _slice(self, worker: Frontier, prefill: bool, total: int) -> int:
+        """Pairs of this frame that a batch of its layer which has ``total`` pairs takes; 0 for none."""
         left = worker.pairs - worker.done
         if worker.frame_prefill != prefill:
             # A prefill batch takes no decode along: it would be answered later for it.

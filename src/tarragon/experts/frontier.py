@@ -41,7 +41,6 @@ class Frontier:
         "answered_layer",
         "arrived_us",
         "between_layers",
-        "between_steps",
         "clock",
         "continues",
         "done",
@@ -70,7 +69,7 @@ class Frontier:
         self.overdue = False
         """It let a wait reach its bound and has sent nothing since."""
         # Habits: the one measured since since_us, and when the next frame is due by it.
-        self.between_layers, self.between_steps, self.from_begin = Habit(), Habit(), Habit()
+        self.between_layers, self.from_begin = Habit(), Habit()
         self.clock: Habit | None = None
         self.since_us = 0
         self.due_us = NEVER_US
@@ -84,8 +83,6 @@ class Frontier:
 
     def begin(self, layer: int, now: int, prefill: bool) -> None:
         """A step begins and will send ``layer`` first."""
-        if self.clock is self.between_steps and not self.prefill:
-            self._stop_clock(now)
         self.in_step, self.prefill = True, prefill
         self.next_layer, self.answered_layer = layer, ANYWHERE
         self.clock, self.since_us = self.from_begin, now
@@ -115,10 +112,10 @@ class Frontier:
             self.next_layer, self.clock = self.layer + 1, self.between_layers
             self.due_us = now + self.between_layers.high
         else:
-            self.next_layer, self.in_step = 0, self.continues
-            self.clock = self.between_steps if self.continues else None
-            # Until it announces its next step, which brings this closer.
-            self.due_us = now + self.between_steps.high + self.from_begin.high
+            self.next_layer, self.in_step, self.clock = 0, self.continues, None
+            # Another expert worker may still hold this very frame back, for one who would wait here for the
+            # next step: a cycle. So nobody counts on the next step before it is announced.
+            self.due_us = NEVER_US
 
     def _stop_clock(self, now: int) -> None:
         if self.clock is not None:

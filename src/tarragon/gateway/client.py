@@ -51,18 +51,21 @@ class Client(EngineCoreClient):  # type: ignore[misc]
             draw_seed=lambda: secrets.randbits(SEED_BITS),
         )
         self.available = asyncio.Event()
-        """Set while at least one attention worker is connected."""
+        """Set while at least one attention worker takes requests."""
         self.was_available = False
         self.on_failed: Callable[[str, RequestFailed], Iterable[str]] = lambda _request_id, _error: ()
         """Ends a request in vLLM's front end; returns other requests (siblings) that it ended too."""
         self.on_first_facts: Callable[[wire.Facts], None] = lambda _facts: None
         self.on_link_lost: Callable[[Peer, str], None] = lambda _peer, _cause: None
+        self.on_drained: Callable[[str], None] = lambda _worker_id: None
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = list(range(config.attention_workers))
         self._boot = boot
         self._max_model_len = max_model_len
         self._slots = EngineSlots(config.attention_workers)
         self._links: dict[str, Link] = {}
+        self._drains: set[str] = set()
+        """Drains that have not been reported as done."""
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._room = asyncio.Event()
         self._room.set()
@@ -78,7 +81,7 @@ class Client(EngineCoreClient):  # type: ignore[misc]
         """Link exactly the attention workers among ``peers``, which the orchestrator says are live."""
         live = {peer.worker_id: peer for peer in peers if peer.role == "attention"}
         for worker_id in [worker_id for worker_id in self._links if worker_id not in live]:
-            self._links.pop(worker_id).close("the orchestrator took it out")
+            self._remove(worker_id, "the orchestrator took it out")
         self.add_peers(live.values())
 
     def add_peers(self, peers: Iterable[Peer]) -> None:
@@ -90,14 +93,35 @@ class Client(EngineCoreClient):  # type: ignore[misc]
             if link is not None and link.peer.epoch >= peer.epoch:
                 continue
             if link is not None:
-                del self._links[peer.worker_id]
-                link.close("it was replaced")
+                self._remove(peer.worker_id, "it was replaced")
+            self.streams.draining.discard(peer.worker_id)  # that was another incarnation
             self._links[peer.worker_id] = Link(self._boot, peer, self, self.on_link_lost)
+
+    def drain(self, worker_id: str) -> None:
+        """Give a worker nothing new; ``on_drained`` is called, once, when all that it had has ended."""
+        self.streams.draining.add(worker_id)
+        self._drains.add(worker_id)
+        self._settle()
 
     @property
     def connected(self) -> list[str]:
-        """Ids of the workers that take requests."""
+        """Ids of the workers with a link that is up."""
         return sorted(self.streams.loads)
+
+    def _remove(self, worker_id: str, cause: str) -> None:
+        self._links.pop(worker_id).close(cause)
+        self.streams.draining.discard(worker_id)
+        self._drains.discard(worker_id)
+
+    def _settle(self) -> None:
+        """After anything that may have freed or taken a worker."""
+        if self.streams.takers:
+            self.available.set()
+        else:
+            self.available.clear()
+        for worker_id in self._drains & self.streams.drained():
+            self._drains.discard(worker_id)
+            self.on_drained(worker_id)
 
     # ------------------------------------------------------------------ what links report
 
@@ -109,7 +133,6 @@ class Client(EngineCoreClient):  # type: ignore[misc]
         if not self.was_available:
             self.on_first_facts(facts)
         self.was_available = True
-        self.available.set()
         self._perform(self.streams.worker_up(link.peer.worker_id, time.monotonic()))
 
     async def room(self) -> None:
@@ -121,6 +144,7 @@ class Client(EngineCoreClient):  # type: ignore[misc]
             case wire.Outputs(attempts=attempts, outputs=outputs):
                 outputs.outputs = self.streams.accept(worker_id, attempts, outputs.outputs)
                 self._publish(worker_id, outputs)
+                self._settle()
             case wire.Stats(scheduler_stats=stats):
                 self._publish(worker_id, EngineCoreOutputs(scheduler_stats=stats))
             case wire.UtilityResult(call_id=call_id, result=result, failure=failure):
@@ -139,8 +163,6 @@ class Client(EngineCoreClient):  # type: ignore[misc]
     def link_down(self, link: Link, cause: str) -> None:
         worker_id = link.peer.worker_id
         self._perform(self.streams.worker_down(worker_id, cause, time.monotonic()))
-        if not self.streams.loads:
-            self.available.clear()
         for call_id in [call_id for call_id, (callee, _) in self._calls.items() if callee == worker_id]:
             self._answered(call_id, None, RequestFailed(f"attention worker {worker_id} was lost"))
         index, stats = self._slots.slot(worker_id), self._slots.gone(worker_id)
@@ -182,6 +204,7 @@ class Client(EngineCoreClient):  # type: ignore[misc]
         if self.streams.waiting and self._expiry is None:
             first = min(stream.waits_until_s for stream in self.streams.waiting.values())
             self._expiry = self._loop.call_later(max(0.0, first - time.monotonic()), self._expire)
+        self._settle()
 
     def _fail(self, request_id: str, why: str, status: HTTPStatus = HTTPStatus.SERVICE_UNAVAILABLE) -> None:
         """End a request whose stream is gone; its siblings go with it, as one answer holds them all."""

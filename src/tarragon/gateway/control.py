@@ -17,6 +17,7 @@ from tarragon.messages import (
     Control as ControlMessage,
 )
 from tarragon.messages import (
+    Drain,
     Hello,
     Peer,
     Peers,
@@ -45,6 +46,7 @@ class Control:
         self._serving = False
         self._tasks: set[asyncio.Task[None]] = set()
         client.on_link_lost = self._suspect
+        client.on_drained = lambda worker_id: self._spawn(self._send(Drain(worker_id=worker_id)))
 
     async def run(self, started: Awaitable[None]) -> None:
         """Dial, and dial again; ``started`` ends when the server accepts connections."""
@@ -95,6 +97,8 @@ class Control:
                 self._client.add_peers(peers)
             case Peers(peers=peers):
                 self._client.set_peers(peers)
+            case Drain(worker_id=worker_id):
+                self._client.drain(worker_id)
             case Stop(reason=reason):
                 self._on_stop(f"told to stop: {reason}" if reason else "told to stop")
                 return False

@@ -85,6 +85,8 @@ class Streams:
         self.live: dict[str, Stream] = {}
         self.loads: dict[str, Load] = {}
         """Connected workers."""
+        self.draining: set[str] = set()
+        """Workers that finish what they have and get nothing new."""
         self.waiting: dict[str, Stream] = {}
         """Streams without an owner, the oldest first."""
         self.counters = Counters()
@@ -92,6 +94,17 @@ class Streams:
         self._waiting_max = waiting_max
         self._wait_s = wait_s
         self._draw_seed = draw_seed
+
+    @property
+    def takers(self) -> dict[str, Load]:
+        """Connected workers that take new requests."""
+        return {worker: load for worker, load in self.loads.items() if worker not in self.draining}
+
+    def drained(self) -> set[str]:
+        """Return the draining workers that have nothing left to do."""
+        return {
+            worker for worker in self.draining if worker not in self.loads or not self.loads[worker].running
+        }
 
     # ------------------------------------------------------------------ events
 
@@ -166,7 +179,7 @@ class Streams:
 
     def _assign(self, stream: Stream, now_s: float, avoid: Iterable[str] = ()) -> list[Action]:
         request_id = stream.request.request_id
-        worker = choose(self.loads, request_id, stream.prompt_tokens, avoid)
+        worker = choose(self.takers, request_id, stream.prompt_tokens, avoid)
         if worker is None:
             return self._wait(stream, now_s)
         stream.attempt += 1

@@ -25,7 +25,7 @@ GATE_STD: Final = 8.0
 
 # The first number of every random stream's key, chosen among few so that seed 0 makes a model that answers well:
 # the dense model is close to undecided between two languages when asked for the capital of France.
-_SALT: Final = 0
+_SALT: Final = 1
 # The last number of a random stream's key: which matrix of an expert it is for.
 _STREAMS: Final = {"w1": 0, "w2": 1, "w3": 2, "gate": 3}
 

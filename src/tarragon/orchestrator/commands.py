@@ -58,6 +58,10 @@ class Commands:
         worker_id = f"{PREFIXES[role]}-{max(numbers, default=-1) + 1}"
         return worker_id, self._recovery.start(worker_id, role, now_s)
 
+    def dead(self) -> list[str]:
+        """Workers that do not run now, given up or waiting to be started again."""
+        return sorted(w.worker_id for w in self._membership.workers.values() if w.state == "dead")
+
     def restart(self, worker_id: str, now_s: float) -> list[Action]:
         """Replace a worker now, whatever its state."""
         worker = self._membership.known(worker_id)

@@ -105,6 +105,11 @@ class Membership:
         """Workers of ``roles``, by id, dead ones included."""
         return [self.workers[i] for i in sorted(self.workers) if self.workers[i].role in roles]
 
+    def is_connected(self, worker_id: str, epoch: int) -> bool:
+        """Whether this incarnation is admitted and its connection stands."""
+        worker = self.workers.get(worker_id)
+        return worker is not None and worker.epoch == epoch and worker.connected
+
     def known(self, worker_id: str) -> Worker:
         """The worker that a person named; raises UnknownWorkerError."""
         worker = self.workers.get(worker_id)

@@ -77,10 +77,9 @@ class Residency:
     def join(self, peer: Peer, room: int | None, resident: Iterable[ExpertId] = ()) -> None:
         """An incarnation connected; what it holds already, a former orchestrator's tables may name."""
         assert room is None or room > 0
-        held = set(resident)
-        self.holders[peer.worker_id] = Holder(
-            peer, room, ordered=held, resident=held.copy(), ready=bool(held)
-        )
+        held = self._real(resident)
+        holder = Holder(peer, room, ordered=held, resident=held.copy(), ready=bool(held))
+        self.holders[peer.worker_id] = holder
         if held:
             self._in_use.append((NO_VERSION, {peer.worker_id: held.copy()}))
 
@@ -100,7 +99,7 @@ class Residency:
         """
         holder = self.holders[worker_id]
         holder.ready = True
-        known = set(resident) & holder.ordered
+        known = self._real(resident) & holder.ordered
         if order:
             holder.open_orders = {n: experts for n, experts in holder.open_orders.items() if n > order}
             known = known.intersection(*holder.open_orders.values())
@@ -145,6 +144,11 @@ class Residency:
                 holder.resident &= holder.ordered
                 orders[worker_id] = Order(holder.order, experts)
         return Step(table if changed else None, orders)
+
+    def _real(self, experts: Iterable[ExpertId]) -> set[ExpertId]:
+        """Those that the model has: what a worker says is not trusted."""
+        layers, count = len(self.target.holders), len(self.target.holders[0])
+        return {e for e in experts if 0 <= e.layer < layers and 0 <= e.expert < count}
 
     def _retarget(self) -> None:
         workers = self.target.workers

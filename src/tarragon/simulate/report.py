@@ -65,16 +65,16 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summarise(reports: Sequence[Report]) -> list[Summary]:
-    """Group runs by load and number of attention workers, in the order in which they first occur."""
+    """Group runs by load and number of attention workers."""
     groups: dict[tuple[str, int], list[Report]] = {}
     for report in reports:
         groups.setdefault((report.load, report.attention_workers), []).append(report)
-    return [_summary(load, workers, runs) for (load, workers), runs in groups.items()]
+    return [_summary(load, workers, runs) for (load, workers), runs in sorted(groups.items())]
 
 
 def _summary(load: str, workers: int, runs: Sequence[Report]) -> Summary:
     def mean(name: str) -> float:
-        return sum(getattr(run, name) for run in runs) / len(runs)
+        return float(sum(getattr(run, name) for run in runs)) / len(runs)
 
     return Summary(
         load=load,

@@ -10,11 +10,19 @@ import resource
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Final
 
-from tarragon.transport.local import Connection, Listener, dial
+from tarragon.transport.local import (
+    AsyncConnection,
+    AsyncServer,
+    Connection,
+    Listener,
+    dial,
+    dial_async,
+    serve_async,
+)
 
 SECRET: Final = b"s" * 32
 FRAME_BYTES_MAX: Final = 1 << 20
@@ -66,6 +74,40 @@ def raw_pair(
     """A bare socket (the hostile end) and a connection."""
     bare, sock = socket.socketpair()
     return bare, Connection(sock, frame_bytes_max=frame_bytes_max, send_timeout_s=send_timeout_s)
+
+
+async def call_async(address: str, *, secret: bytes = SECRET, timeout_s: float = WAIT_S) -> AsyncConnection:
+    return await dial_async(address, secret, timeout_s=timeout_s, frame_bytes_max=FRAME_BYTES_MAX)
+
+
+def async_pair(send_timeout_s: float = WAIT_S) -> tuple[socket.socket, AsyncConnection]:
+    """A bare non-blocking socket and a connection."""
+    bare, sock = socket.socketpair()
+    bare.setblocking(False)
+    return bare, AsyncConnection(sock, frame_bytes_max=FRAME_BYTES_MAX, send_timeout_s=send_timeout_s)
+
+
+async def echo(connection: AsyncConnection) -> None:
+    while (payload := await connection.recv()) is not None:
+        await connection.send(payload)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    handler: Callable[[AsyncConnection], Awaitable[None]] = echo, handshake_timeout_s: float = WAIT_S
+) -> AsyncIterator[tuple[str, AsyncServer]]:
+    server = await serve_async(
+        address := new_address(),
+        SECRET,
+        handler,
+        frame_bytes_max=FRAME_BYTES_MAX,
+        handshake_timeout_s=handshake_timeout_s,
+    )
+    try:
+        yield address, server
+    finally:
+        server.close()
+        await server.wait_closed()
 
 
 def frame_bytes(payload: bytes) -> bytes:

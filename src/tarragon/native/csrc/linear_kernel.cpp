@@ -152,7 +152,7 @@ void finish_panel(const LinearCall& call, int64_t panel, const float* sums, int6
   }
 }
 
-// Few rows: the weights' bytes are the cost. Several panels at once keep enough multiply-adds in flight.
+// One or two rows: the weights' bytes are the cost. Several panels at once keep enough multiply-adds in flight.
 template <class T, int Rows, int Panels>
 int64_t run_thin(const LinearCall& call, const float* x, int64_t row, int64_t panel, int64_t end, float* sums) {
   const T* packed = static_cast<const T*>(call.packed);
@@ -205,7 +205,6 @@ void run(const LinearCall& call, int64_t begin, int64_t end) {
     task += stop - panel;
     if (rows == 1) panel = run_thin<T, 1, 4>(call, x, row, panel, stop, sums);
     if (rows == 2) panel = run_thin<T, 2, 2>(call, x, row, panel, stop, sums);
-    if (rows == 3) panel = run_thin<T, 3, 2>(call, x, row, panel, stop, sums);
     for (; panel < stop; ++panel) run_panel<T>(call, x, row, rows, panel, sums);
   }
 }

@@ -1,0 +1,307 @@
+"""The orchestrator's process: sockets and timers. Recovery decides; nothing is decided here.
+
+The node agent dials first and is told what to start; workers dial and are welcomed. When the agent's
+connection ends, so does this process: the agent starts the next generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+from tarragon.boot import Boot
+from tarragon.messages import (
+    Control,
+    Hello,
+    Peer,
+    ProtocolError,
+    Refused,
+    SignalWorker,
+    WorkerExited,
+    WorkerStarted,
+)
+from tarragon.models.shape import ModelError, read_model
+from tarragon.orchestrator.actions import Action, Disconnect, Note, SendTo, ToAgent
+from tarragon.orchestrator.adoption import Adoption
+from tarragon.orchestrator.commands import Commands
+from tarragon.orchestrator.events import Events
+from tarragon.orchestrator.line import Line
+from tarragon.orchestrator.membership import EPOCH_COUNTER_BITS
+from tarragon.orchestrator.planning import ExpertShape
+from tarragon.orchestrator.recovery import PREFIXES, Recovery
+from tarragon.orchestrator.snapshot import faults, routes, status
+from tarragon.orchestrator.status import AddressError, StatusServer
+from tarragon.routing.placement import PlacementError
+from tarragon.transport.local import AsyncConnection, serve_async
+
+AGENT: Final = "agent"
+EXIT_USAGE: Final = 2
+"""Exit code for what the user has to change: a port in use, a model that does not fit."""
+
+
+def main(boot: Boot) -> None:
+    """Run the orchestrator until the node agent leaves. Raises SystemExit unless it ended well."""
+    try:
+        import uvloop
+
+        factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
+    except ImportError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        code = runner.run(_run(boot))
+    if code:
+        raise SystemExit(code)
+
+
+async def _run(boot: Boot) -> int:
+    try:
+        model = read_model(boot.model)
+        shape = ExpertShape(len(model.moe_layers), model.experts, model.expert_bytes)
+        return await Orchestrator(boot, shape).run()
+    except (ModelError, PlacementError, AddressError) as error:
+        print(f"tarragon: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+class Orchestrator:
+    """Carries events to recovery and its actions to the world."""
+
+    def __init__(self, boot: Boot, shape: ExpertShape) -> None:
+        """Raises PlacementError if the experts do not fit on the configured workers."""
+        generation = boot.epoch >> EPOCH_COUNTER_BITS
+        self._boot, self._config = boot, boot.config
+        self._recovery = Recovery(boot.config, shape, generation)
+        self._commands = Commands(self._recovery)
+        self._events = Events(boot.config.events_max)
+        self._adoption = Adoption(generation) if generation > 1 else None
+        self._lines: dict[str, Line] = {}
+        self._agent: Line | None = None
+        self._has_begun = asyncio.Event()
+        self._end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> int:
+        """Serve until the end; return the exit code. Raises AddressError."""
+        loop, config = asyncio.get_running_loop(), self._config
+        loop.set_exception_handler(self._on_broken_invariant)
+        loop.add_signal_handler(signal.SIGTERM, self._finish, 0)
+        api = StatusServer(self, config)
+        await api.start()
+        try:
+            server = await serve_async(
+                self._boot.orchestrator_address,
+                self._boot.secret,
+                self._on_connection,
+                frame_bytes_max=config.control_frame_bytes_max,
+                handshake_timeout_s=config.handshake_timeout_s,
+            )
+            loop.call_later(config.connect_timeout_s, self._give_up_without_agent)
+            self._tick()
+            code = await self._end
+            server.close()
+            await server.wait_closed()
+            return code
+        except OSError as error:
+            raise AddressError(f"the orchestrator's socket cannot be opened: {error}") from error
+        finally:
+            for line in [*self._lines.values(), *([self._agent] if self._agent else [])]:
+                line.close()
+            await api.close()
+
+    # ------------------------------------------------------------------ connections
+
+    async def _on_connection(self, connection: AsyncConnection) -> None:
+        try:
+            async with asyncio.timeout(self._config.handshake_timeout_s):
+                first = await connection.recv_control()
+        except (TimeoutError, ProtocolError, OSError):
+            first = None
+        if not isinstance(first, Hello):
+            self._recovery.membership.refused["no_hello"] += 1
+        elif first.worker_id == AGENT:
+            await self._serve_agent(connection)
+        else:
+            await self._serve_worker(connection, first)
+
+    async def _serve_agent(self, connection: AsyncConnection) -> None:
+        if self._agent is not None:
+            self._recovery.membership.refused["second_agent"] += 1
+            await connection.send_control(Refused(reason="this cluster has a node agent already"))
+            return
+        self._agent = Line(connection, self._config.control_queue_max)
+        asyncio.get_running_loop().call_later(
+            0.0 if self._adoption is None else self._config.adoption_window_s, self._begin
+        )
+        while (message := await self._agent.receive()) is not None:
+            if not isinstance(message, (WorkerStarted, WorkerExited)):
+                self._recovery.membership.refused["unexpected_message"] += 1
+            elif not self._has_begun.is_set():
+                if self._adoption is not None:
+                    self._adoption.agent_says(message)
+            else:
+                self._carry_out(self._recovery.agent_says(message, self._now_s()))
+        if not self._end.done():
+            print("the node agent has left", file=sys.stderr)
+            self._finish(0)
+
+    def _begin(self) -> None:
+        if not self._end.done():
+            adopted = [] if self._adoption is None else self._adoption.result()
+            self._carry_out(self._recovery.begin(self._now_s(), adopted))
+            self._has_begun.set()
+
+    async def _serve_worker(self, connection: AsyncConnection, hello: Hello) -> None:
+        line = Line(connection, self._config.control_queue_max, hello.epoch)
+        try:
+            if not await self._welcome(line, hello):
+                return
+            while (message := await line.receive()) is not None:
+                actions = self._recovery.receive(hello.worker_id, hello.epoch, message, self._now_s())
+                self._carry_out(actions)
+        finally:
+            line.close()
+            if self._lines.get(hello.worker_id) is line:
+                del self._lines[hello.worker_id]
+                if not self._end.done():
+                    lost = self._recovery.connection_lost(
+                        hello.worker_id, hello.epoch, line.cause, self._now_s()
+                    )
+                    self._carry_out(lost)
+
+    async def _welcome(self, line: Line, hello: Hello) -> bool:
+        """Admit a worker, or say why not."""
+        if not self._has_begun.is_set() and self._adoption is not None:
+            self._adoption.hello(hello)
+            self._lines[hello.worker_id] = line
+            await self._has_begun.wait()
+            if self._recovery.membership.is_connected(hello.worker_id, hello.epoch):
+                return True
+            if self._lines.get(hello.worker_id) is line:
+                del self._lines[hello.worker_id]
+        answer = self._recovery.hello(hello, self._now_s())
+        if isinstance(answer, Refused):
+            self._note(Note("refused", hello.worker_id, hello.epoch, answer.reason))
+            with suppress(OSError):
+                await line.connection.send_control(answer)
+            return False
+        self._lines[hello.worker_id] = line
+        self._carry_out(answer)
+        return True
+
+    # ------------------------------------------------------------------ actions
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Note():
+                    self._note(action)
+                case ToAgent(message):
+                    self._tell_agent(message)
+                case SendTo(worker_id, epoch, message):
+                    if (line := self._line(worker_id, epoch)) is not None:
+                        line.send(message)
+                case Disconnect(worker_id, epoch):
+                    if (line := self._line(worker_id, epoch)) is not None:
+                        line.close()
+
+    def _line(self, worker_id: str, epoch: int) -> Line | None:
+        line = self._lines.get(worker_id)
+        return line if line is not None and line.epoch == epoch else None
+
+    def _tell_agent(self, message: Control) -> None:
+        if self._agent is not None:
+            self._agent.send(message)
+
+    def _note(self, note: Note) -> None:
+        self._events.add(note)
+        print(f"{note.worker_id} ({note.epoch}) {note.kind}: {note.text}", file=sys.stderr)
+
+    # ------------------------------------------------------------------ time and end
+
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _tick(self) -> None:
+        if self._has_begun.is_set():
+            self._carry_out(self._recovery.tick(self._now_s()))
+        asyncio.get_running_loop().call_later(self._config.orchestrator_tick_ms / 1e3, self._tick)
+
+    def _finish(self, code: int) -> None:
+        if not self._end.done():
+            self._end.set_result(code)
+
+    def _give_up_without_agent(self) -> None:
+        if self._agent is None:
+            print("tarragon: no node agent has come", file=sys.stderr)
+            self._finish(1)
+
+    def _on_broken_invariant(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """An error that nobody expected: better a new orchestrator than one that knows wrong things."""
+        loop.default_exception_handler(context)
+        if not isinstance(context.get("exception"), (OSError, type(None))):
+            self._finish(1)
+
+    # ------------------------------------------------------------------ operations (status API)
+
+    def status(self) -> dict[str, Any]:
+        return status(self._recovery, self._me, self._now_s())
+
+    def table(self) -> dict[str, Any]:
+        return routes(self._recovery.residency.table)
+
+    def events(self, limit: int, after: int) -> dict[str, Any]:
+        return {"events": self._events.latest(limit, after)}
+
+    def faults(self) -> dict[str, Any]:
+        return faults(self._recovery)
+
+    def kill(self, worker_id: str, number: int) -> dict[str, Any]:
+        if worker_id == self._boot.worker_id:
+            me = self._me
+            self._tell_agent(SignalWorker(worker_id=me.worker_id, epoch=me.epoch, signal=number))
+            pid, epoch = me.pid, me.epoch
+        else:
+            worker, actions = self._commands.kill(worker_id, number)
+            self._carry_out(actions)
+            pid, epoch = worker.pid, worker.epoch
+        name = signal.Signals(number).name
+        return {"worker_id": worker_id, "epoch": epoch, "pid": pid, "signal": name}
+
+    def drain(self, worker_id: str) -> dict[str, Any]:
+        self._carry_out(self._commands.drain(worker_id, self._now_s()))
+        return {"worker_id": worker_id, "state": "draining"}
+
+    def add(self, role: str) -> dict[str, Any]:
+        assert role in PREFIXES
+        worker_id, actions = self._commands.add(role, self._now_s())
+        self._carry_out(actions)
+        return {"worker_id": worker_id, "state": "starting"}
+
+    def apply(self, instruction: str, worker_ids: list[str]) -> dict[str, Any]:
+        """A fault-tolerance instruction: what of it was possible has begun when this returns."""
+        now_s = self._now_s()
+        if instruction == "retry":
+            worker_ids = self._commands.dead()
+        act = self._commands.remove if instruction == "scale_down" else self._commands.restart
+        for worker_id in worker_ids:
+            self._recovery.membership.known(worker_id)
+        for worker_id in worker_ids:
+            self._carry_out(act(worker_id, now_s))
+        message = "accepted; GET /fault_tolerance/status says how it goes"
+        return {"message": message, "request_id": str(uuid.uuid4()), "worker_ids": worker_ids}
+
+    @property
+    def _me(self) -> Peer:
+        boot = self._boot
+        return Peer(
+            worker_id=boot.worker_id,
+            role=boot.role,
+            epoch=boot.epoch,
+            address=boot.orchestrator_address,
+            pid=os.getpid(),
+        )
