@@ -63,7 +63,7 @@ def make_model(notes: Console) -> Path:
 
 
 def work_table(status: Mapping[str, Any], model: MoeModel) -> Table:
-    """Who did what: per worker the tokens, the (token, expert) pairs and the bytes of rows sent and returned."""
+    """Who did what: per worker the tokens, the (token, expert) pairs, the bytes of their rows."""
     table = Table(title="Who did what")
     for title in ("worker", "role", "state"):
         table.add_column(title)

@@ -138,7 +138,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # worker -> orchestrator
-class Hello(Message):
+class Hello(Message, frozen=True):
     worker_id: str
     role: Role
     epoch: int
@@ -148,7 +148,7 @@ class Hello(Message):
     """What an expert worker holds already: it dials a second time, because the orchestrator was restarted."""
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """Weights are in and the links to all live peers stand (5.4)."""
 
     worker_id: str
@@ -162,13 +162,13 @@ class Ready(Message):
     """Expert workers: number of the last Welcome or Assign that is carried out; 0 says nothing about it."""
 
 
-class TableAck(Message):
+class TableAck(Message, frozen=True):
     worker_id: str
     epoch: int
     version: int
 
 
-class Suspicion(Message):
+class Suspicion(Message, frozen=True):
     """A worker's local view about a peer; membership stays the orchestrator's decision."""
 
     reporter_id: str
@@ -177,7 +177,7 @@ class Suspicion(Message):
     cause: str
 
 
-class Report(Message):
+class Report(Message, frozen=True):
     """Counters of one worker, cumulative since it started; names end in their unit."""
 
     worker_id: str
@@ -188,7 +188,7 @@ class Report(Message):
 
 
 # orchestrator -> worker
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """Answer to Hello: where the experts are, and for an expert worker which ones it shall load."""
 
     table: Table
@@ -198,57 +198,57 @@ class Welcome(Message):
     peers: list[Peer] = []
 
 
-class TableUpdate(Message):
+class TableUpdate(Message, frozen=True):
     table: Table
 
 
-class Peers(Message):
+class Peers(Message, frozen=True):
     """All live workers, for the gateway (attention workers) and for expert workers (who may connect)."""
 
     peers: list[Peer]
 
 
-class Assign(Message):
+class Assign(Message, frozen=True):
     """For an expert worker: the experts it shall hold from now on, primaries first."""
 
     experts: list[ExpertId]
     order: int = 0
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     worker_id: str
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     reason: str = ""
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The receiver does not accept the sender (stale epoch, unknown id); the link is closed after it."""
 
     reason: str
 
 
 # orchestrator <-> node agent
-class StartWorker(Message):
+class StartWorker(Message, frozen=True):
     worker_id: str
     role: Role
     epoch: int
 
 
-class SignalWorker(Message):
+class SignalWorker(Message, frozen=True):
     worker_id: str
     epoch: int
     signal: int
 
 
-class WorkerStarted(Message):
+class WorkerStarted(Message, frozen=True):
     worker_id: str
     epoch: int
     pid: int
 
 
-class WorkerExited(Message):
+class WorkerExited(Message, frozen=True):
     worker_id: str
     epoch: int
     pid: int

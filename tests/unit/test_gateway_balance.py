@@ -82,13 +82,15 @@ def test_random_traffic_stays_balanced_and_leaves_nothing() -> None:
     for number in range(600):
         name = choose(workers, f"r{number}", chance.randrange(1, 40))
         assert name is not None
-        workers[name].add(f"r{number}", 0)
+        workers[name].add(f"r{number}", 7)
+        workers[name].first_token(f"r{number}")
         where[f"r{number}"] = name
         if number % 2:
             done = chance.choice(sorted(where))
             workers[where.pop(done)].remove(done)
         counts = [len(load.running) for load in workers.values()]
         assert max(counts) - min(counts) <= 12
+        assert all(load.prompt_tokens == sum(load.running.values()) == 0 for load in workers.values())
     for request, worker in where.items():
         workers[worker].remove(request)
     assert all(load == Load() for load in workers.values())

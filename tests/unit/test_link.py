@@ -161,6 +161,12 @@ def test_what_is_no_frame_ends_the_link_and_is_counted() -> None:
         assert ew.recv() is None
 
 
+def test_closing_ends_the_link_even_if_a_child_inherited_it() -> None:
+    with linked() as (aw, ew), process(time.sleep, 60):
+        aw.close_socket()
+        assert ew.recv(AT_ONCE_S) is None
+
+
 def accept_then_sleep(connection: Connection) -> None:
     accept(connection).send(RESULT)
     time.sleep(60)

@@ -11,9 +11,7 @@ from tarragon.attention.randomness import PositionalGenerator, mix, seed_for_pos
 
 def _draw(seed: int, sent: int, row: int = 0) -> int:
     generators: dict[int, torch.Generator] = {row: torch.Generator()}
-    requests = {
-        "r": SimpleNamespace(sampling_params=SimpleNamespace(seed=seed), output_token_ids=[7] * sent)
-    }
+    requests = {"r": SimpleNamespace(sampling_params=SimpleNamespace(seed=seed), output_token_ids=[7] * sent)}
     seed_for_positions(generators, ["?"] * row + ["r"], requests)
     return int(torch.randint(0, 2**31, (1,), generator=generators[row]).item())
 

@@ -18,6 +18,7 @@ from tarragon.messages import (
     Hello,
     Message,
     Peer,
+    ProtocolError,
     Ready,
     Refused,
     Report,
@@ -37,13 +38,13 @@ from tarragon.transport.region import RegionShape
 class ControlThread(threading.Thread):
     """Dials the orchestrator, keeps one data link per live expert worker, accepts the gateway.
 
-    ``gateways`` delivers accepted connections; ``wake_fd`` becomes readable with each.
+    ``gateways`` delivers accepted connections with their first frame; ``wake_fd`` becomes readable with each.
     """
 
     def __init__(self, boot: Boot, refe: Refe, region: RegionShape) -> None:
         super().__init__(name="control", daemon=True)
         self.boot, self.refe, self.region = boot, refe, region
-        self.gateways: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self.gateways: queue.SimpleQueue[tuple[Connection, bytes]] = queue.SimpleQueue()
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.stopping = threading.Event()
         config = boot.config
@@ -142,15 +143,16 @@ class ControlThread(threading.Thread):
         while not self.stopping.is_set():
             try:
                 connection = self._listener.accept()
+                attach = connection.recv(self.boot.config.handshake_timeout_s)
             except (ConnectionError, TimeoutError, ValueError):
                 continue  # refused and counted by the listener
-            self.gateways.put(connection)
+            self.gateways.put((connection, attach or b""))
             os.eventfd_write(self.wake_fd, 1)
 
     def _from_orchestrator(self) -> None:
         try:
             message = self._orchestrator.recv_control()
-        except ConnectionError:
+        except (ConnectionError, ProtocolError):
             message = None
         match message:
             case Welcome(table=table) | TableUpdate(table=table):

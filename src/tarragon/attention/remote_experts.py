@@ -38,6 +38,8 @@ class RemoteExperts(RoutedExperts):
 
     refe: ClassVar[Refe]
     """The process's forwarding engine; set before the model is built."""
+    library: ClassVar[torch.library.Library]
+    """Registration of the opaque op; must outlive the process's models."""
     layer_positions: ClassVar[dict[int, int]]
     """Model layer index -> position among the MoE layers."""
 
@@ -87,4 +89,4 @@ def register(refe: Refe, moe_layers: tuple[int, ...]) -> None:
     )
     library.impl("remote_experts", _remote_experts, "CPU")
     library.impl("remote_experts", lambda x, w, i, p: torch.empty_like(x), "Meta")
-    RemoteExperts._library = library  # type: ignore[attr-defined]  # must outlive the process's models
+    RemoteExperts.library = library

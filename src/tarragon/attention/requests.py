@@ -45,32 +45,33 @@ class Requests:
     # ------------------------------------------------------------------ in
 
     def take_up(self, idle_poll: Any) -> None:
-        """Handle everything that has arrived, without waiting; ``idle_poll`` follows the link's descriptor."""
+        """Handle everything that has arrived, without waiting; ``idle_poll`` follows the link."""
         self._attach_newcomers(idle_poll)
         while self._link is not None and self._poll.poll(0):
             try:
-                frame = self._link.recv(self._control.boot.config.handshake_timeout_s)
+                frame = self._link.recv(0.0)
                 if frame is None:
                     self._detach(idle_poll, "the gateway closed its link")
                     return
                 self._handle(self._codec.decode(frame))
-            except (ConnectionError, TimeoutError, ProtocolError) as error:
+            except TimeoutError:
+                return  # part of a frame: the rest comes later
+            except (ConnectionError, ProtocolError) as error:
                 self._detach(idle_poll, str(error))
 
     def _attach_newcomers(self, idle_poll: Any) -> None:
         with suppress(BlockingIOError):
             os.eventfd_read(self._control.wake_fd)
         while not self._control.gateways.empty():
-            connection = self._control.gateways.get_nowait()
+            connection, frame = self._control.gateways.get_nowait()
             try:
-                frame = connection.recv(self._control.boot.config.handshake_timeout_s)
-                message = self._codec.decode(frame or b"")
+                message = self._codec.decode(frame)
                 if not isinstance(message, Attach) or message.worker_epoch != self._control.boot.epoch:
                     raise ProtocolError("the first message must attach to this incarnation")
                 if message.gateway_epoch < self._gateway_epoch:
                     raise ProtocolError(f"gateway epoch {message.gateway_epoch} is stale")
                 connection.send(self._codec.encode(self._facts()))
-            except (ConnectionError, TimeoutError, ProtocolError) as error:
+            except (ConnectionError, ProtocolError) as error:
                 print(f"refused a gateway link: {error}", file=sys.stderr)
                 connection.close()
                 continue

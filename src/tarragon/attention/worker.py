@@ -44,7 +44,7 @@ def _connect(boot: Boot, model: MoeModel, tokens_max: int) -> tuple[ControlThrea
         on_lost=lambda peer, cause: control.lost(peer, cause),
         on_table=lambda version: control.acknowledge(version),
     )
-    region = RegionShape(dtype=model.dtype, hidden=model.hidden, pairs_max=pairs_max)
+    region = RegionShape(dtype=cast(DType, model.dtype), hidden=model.hidden, pairs_max=pairs_max)
     control = ControlThread(boot, refe, region)
     return control, refe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import time
@@ -38,7 +39,7 @@ class Stream:
     @property
     def gaps_s(self) -> list[float]:
         times = self.token_times_s
-        return [b - a for a, b in zip(times, times[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(times)]
 
 
 async def stream_completion(session: aiohttp.ClientSession, url: str, model: str, request: Request) -> Stream:

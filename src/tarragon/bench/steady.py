@@ -60,13 +60,13 @@ def run(options: argparse.Namespace, model: Path) -> dict[str, Any]:
             expert_workers=options.expert_workers,
         ) as cluster,
     ):
-        name = cluster.model_name
+        name, url = model.name, f"{cluster.url}/v1"
         for concurrency in options.concurrency:
-            warm_up(cluster.url, name, peer.url, concurrency)
+            warm_up(url, name, peer.url, concurrency)
             before = cluster.status()
             ours, theirs = [], []
             for turn in range(options.rounds):
-                ours.append(measure(cluster.url, name, concurrency, seed=turn))
+                ours.append(measure(url, name, concurrency, seed=turn))
                 theirs.append(measure(peer.url, "model", concurrency, seed=turn))
                 print(
                     f"{concurrency:3} streams, pair {turn + 1}/{options.rounds}: "
@@ -76,16 +76,14 @@ def run(options: argparse.Namespace, model: Path) -> dict[str, Any]:
             metrics[str(concurrency)] = {
                 "tarragon": summary([m["tokens_per_s"] for m in ours]),
                 "vllm": summary([m["tokens_per_s"] for m in theirs]),
-                "ratio": paired_ratio(
-                    [m["tokens_per_s"] for m in ours], [m["tokens_per_s"] for m in theirs]
-                ),
+                "ratio": paired_ratio([m["tokens_per_s"] for m in ours], [m["tokens_per_s"] for m in theirs]),
                 "tbt_ms": {
                     "tarragon": summary([m["tbt_median_ms"] for m in ours]),
                     "vllm": summary([m["tbt_median_ms"] for m in theirs]),
                 },
                 "where": where(before, cluster.status()),
             }
-        startup = {"tarragon_s": cluster.startup_s, "vllm_s": peer.startup_s}
+        startup = {"tarragon": cluster.ready_line, "vllm_s": peer.startup_s}
     settings = {
         "model": model.name,
         "attention_workers": options.attention_workers,
@@ -125,7 +123,9 @@ def measure(url: str, model: str, concurrency: int, *, seed: int) -> dict[str, f
 
 def warm_up(ours: str, our_name: str, theirs: str, concurrency: int) -> None:
     for url, name in ((ours, our_name), (theirs, "model")):
-        fail_on_error(asyncio.run(closed_loop(url, name, requests(concurrency, 99)[:concurrency], concurrency)))
+        fail_on_error(
+            asyncio.run(closed_loop(url, name, requests(concurrency, 99)[:concurrency], concurrency))
+        )
 
 
 def fail_on_error(streams: list[Stream]) -> None:

@@ -10,7 +10,19 @@ from collections.abc import Callable
 
 from tarragon.boot import Boot
 from tarragon.experts.kernels import ResidentExperts, kernel_isa
-from tarragon.messages import Assign, Control, ExpertId, Hello, Message, Ready, Refused, Report, Stop, Welcome
+from tarragon.messages import (
+    Assign,
+    Control,
+    ExpertId,
+    Hello,
+    Message,
+    ProtocolError,
+    Ready,
+    Refused,
+    Report,
+    Stop,
+    Welcome,
+)
 from tarragon.transport.link import DataLink, LinkRefused
 from tarragon.transport.local import Connection, Listener, dial
 
@@ -81,7 +93,7 @@ class ControlThread(threading.Thread):
     def _from_orchestrator(self) -> None:
         try:
             message = self._orchestrator.recv_control()
-        except ConnectionError:
+        except (ConnectionError, ProtocolError):
             message = None
         match message:
             case Welcome(assigned=wanted) | Assign(experts=wanted):

@@ -1,4 +1,4 @@
-"""The expert worker's process: batch rows layer by layer over all attention workers and run the experts (5.2)."""
+"""The expert worker's process: batch rows layer by layer over all attention workers, run the experts (5.2)."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class ExpertService:
         if frame.first + frame.pairs > region.shape.pairs_max:
             return RefusalReason.BAD_COUNT
         ids = region.expert_ids[frame.first : frame.first + frame.pairs].numpy()
-        if frame.pairs and not (0 <= ids.min() and ids.max() < self._pairs.shape[1]):
+        if frame.pairs and not (ids.min() >= 0 and ids.max() < self._pairs.shape[1]):
             return RefusalReason.BAD_COUNT
         if not self.experts.all_resident(frame.layer, ids):
             return RefusalReason.NOT_RESIDENT

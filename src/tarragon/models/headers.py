@@ -102,9 +102,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
             tensors[tensor_name] = stored
     for tensor_name, name in promised.items():
         if tensor_name not in tensors:
-            raise ModelError(
-                f"{folder}: {INDEX_NAME} promises {tensor_name} in {name}, which does not hold it"
-            )
+            raise ModelError(f"{folder}: the shard {name} lacks {tensor_name}, which {INDEX_NAME} promises")
     return tensors
 
 
@@ -115,9 +113,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for tensor_name, file in weight_map.items():
         # An index comes with the checkpoint: it must not lead out of its folder.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelError(
-                f"{path} puts {tensor_name} in {file!r}, which is not a safetensors file beside it"
-            )
+            raise ModelError(f"{path} puts {tensor_name} in {file!r}, which is no safetensors file beside it")
     return weight_map
 
 
@@ -169,9 +165,7 @@ def _stored(path: Path, name: str, entry: Any, base: int, size: int) -> StoredTe
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is malformed: its entry of {name} cannot be understood") from error
     if not whole or (end - begin) * 8 != bits:
-        raise ModelError(
-            f"{path} is malformed: {name} of shape {list(shape)} and type {dtype} has a wrong range"
-        )
+        raise ModelError(f"{path} is malformed: {name} is {dtype} {list(shape)}, but has {end - begin} bytes")
     if base + end > size:
         raise ModelError(
             f"{path} is truncated: {name} ends at byte {base + end}, but the file has {size} bytes"

@@ -151,13 +151,13 @@ def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
         settings = config.get(key)
         if settings:
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-            raise ModelError(
-                f"{folder}: quantised experts ({method}) are not supported yet: use bfloat16 weights"
-            )
+            raise ModelError(_quantised(folder, str(method)))
     if (folder / "hf_quant_config.json").exists():
-        raise ModelError(
-            f"{folder}: quantised experts (ModelOpt) are not supported yet: use bfloat16 weights"
-        )
+        raise ModelError(_quantised(folder, "ModelOpt"))
+
+
+def _quantised(folder: Path, method: str) -> str:
+    return f"{folder}: quantised experts ({method}) are not supported yet: use a bfloat16 checkpoint"
 
 
 def _check_activation(folder: Path, config: Mapping[str, Any], architecture: Architecture) -> None:

@@ -151,7 +151,9 @@ class Refe:
 
     def _announce(self, kind: DataKind) -> None:
         for slot in list(self._live):
-            self._send(slot, DataFrame(kind, 0, self.epoch, self._peers[slot].epoch, 0, self._step, self._flags))
+            self._send(
+                slot, DataFrame(kind, 0, self.epoch, self._peers[slot].epoch, 0, self._step, self._flags)
+            )
 
     # ------------------------------------------------------------------ one layer
 
@@ -390,7 +392,9 @@ class Refe:
         if self._table is None:
             return
         slot_of = {(self._peers[s].worker_id, self._peers[s].epoch): s for s in self._live}
-        slots = np.array([slot_of.get((w.worker_id, w.epoch), -1) for w in self._table.workers], dtype=np.int32)
+        slots = np.array(
+            [slot_of.get((w.worker_id, w.epoch), -1) for w in self._table.workers], dtype=np.int32
+        )
         owner = owner_array(self._table, slots >= 0, self._candidates)
         self._owners = torch.from_numpy(np.where(owner >= 0, slots[owner], -1).astype(np.int32))
 

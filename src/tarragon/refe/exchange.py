@@ -82,7 +82,9 @@ class Exchange:
             first = self._next_row.get(slot, 0)
             self._next_row[slot] = first + count
             waiting = self._waiting.pop(slot, None)
-            send = Send(slot, waiting.first if waiting else first, count + (waiting.pairs if waiting else 0), True)
+            send = Send(
+                slot, waiting.first if waiting else first, count + (waiting.pairs if waiting else 0), True
+            )
             if slot in self._owing:
                 self._waiting[slot] = send
             else:

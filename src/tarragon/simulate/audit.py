@@ -31,6 +31,7 @@ class Audit:
         self._dead: set[WorkerKey] = set()
 
     def demand(self, holds: bool, what: str) -> None:
+        """Note ``what`` if it does not hold, up to VIOLATIONS_MAX times."""
         if not holds and len(self.violations) < VIOLATIONS_MAX:
             self.violations.append(what)
 
@@ -88,6 +89,7 @@ class Audit:
 
     def finished(self, all_steps_done: bool) -> None:
         """Nothing happens any more."""
-        self.demand(all_steps_done, "the cluster stands still before its work is done")
-        for attention, expert in self._outstanding:
-            self.demand(False, f"{expert} never answered {attention}")
+        if not all_steps_done:
+            self.violations.append("the cluster stands still before its work is done")
+        for attention, expert in list(self._outstanding)[:VIOLATIONS_MAX]:
+            self.violations.append(f"{expert} never answered {attention}")

@@ -183,7 +183,8 @@ class ExpertWorker:
         self.born_us = cluster.clock.now
         self.died_us: int | None = None
         self.busy_us = 0
-        self.cost_ns = self.events = 0
+        self.events = 0
+        self.costs_ns: list[int] = []
         self._busy = False
         self._free_since_us = 0
         self._alarm = 0
@@ -298,7 +299,7 @@ class ExpertWorker:
     def _timed(self, method: Callable[..., Any], *args: Any) -> Any:
         if not self.cluster.measure:
             return method(*args)
-        start = time.thread_time_ns()
+        start = time.perf_counter_ns()
         result = method(*args)
-        self.cost_ns += time.thread_time_ns() - start
+        self.costs_ns.append(time.perf_counter_ns() - start)
         return result

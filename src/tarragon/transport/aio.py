@@ -8,6 +8,7 @@ beyond the current frame is read.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -26,6 +27,7 @@ from tarragon.transport.sockets import (
     abandon,
     check_same_user,
     connect_once,
+    hang_up,
     listening_socket,
     recv_handshake,
     send_handshake,
@@ -59,6 +61,7 @@ class AsyncConnection:
         self._send_timeout_s = send_timeout_s
         self._send_lock = asyncio.Lock()
         self._waits = Waits(sock)
+        self._owner_pid = os.getpid()
         self._frames_without_wait = 0
 
     def fileno(self) -> int:
@@ -114,7 +117,7 @@ class AsyncConnection:
     def close(self) -> None:
         """Close; a task that waits in ``recv`` sees the end of file. Closing twice is harmless."""
         self._waits.wake_all()
-        self.sock.close()
+        hang_up(self.sock, self._owner_pid)
 
     async def _maybe_yield(self) -> None:
         self._frames_without_wait += 1

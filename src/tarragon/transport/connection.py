@@ -20,7 +20,7 @@ from typing import Final, Self
 from tarragon.config import SEND_TIMEOUT_S
 from tarragon.messages import Control, ProtocolError, decode_control, encode_control
 from tarragon.transport.frames import BUFFERS_PER_CALL_MAX, FrameReader, Payload, encode_frame, unsent
-from tarragon.transport.sockets import SEND_FLAGS, abandon, wait_ready
+from tarragon.transport.sockets import SEND_FLAGS, abandon, hang_up, wait_ready
 
 _DESCRIPTOR_SPACE: Final = socket.CMSG_SPACE(array.array("i").itemsize)
 
@@ -113,11 +113,7 @@ class Connection:
 
     def close(self) -> None:
         """Close; a thread that waits in ``recv`` sees the end of file. Closing twice is harmless."""
-        # Shutting down reaches every duplicate of the socket. A forked child that closes what it
-        # inherited must not cut the connection of its parent.
-        if os.getpid() == self._owner_pid:
-            abandon(self.sock)
-        self.sock.close()
+        hang_up(self.sock, self._owner_pid)
 
     def __enter__(self) -> Self:
         return self

@@ -28,7 +28,7 @@ from tarragon.messages import (
 )
 from tarragon.transport.connection import Connection
 from tarragon.transport.region import Region, RegionShape
-from tarragon.transport.sockets import SEND_FLAGS, abandon, wait_ready
+from tarragon.transport.sockets import SEND_FLAGS, abandon, hang_up, wait_ready
 
 _FRAMES_BUFFERED_MAX: Final = 128
 
@@ -109,6 +109,7 @@ class DataLink:
         self.torn = 0
         self.malformed = 0
         self._send_timeout_s = send_timeout_s
+        self._owner_pid = os.getpid()
         self._buffer = memoryview(bytearray(_FRAMES_BUFFERED_MAX * DATA_FRAME_BYTES))
         self._filled = 0
         self._frames: deque[DataFrame] = deque()
@@ -235,7 +236,7 @@ class DataLink:
     def close_socket(self) -> None:
         """Tell the peer that this link is over, but keep the region for whoever still looks at its rows."""
         self.eof = True
-        self.sock.close()
+        hang_up(self.sock, self._owner_pid)
 
     def close(self) -> None:
         """Close the socket and let go of the region; closing twice is harmless."""

@@ -110,7 +110,7 @@ class Listener:
     def close(self) -> None:
         """Stop listening and hang up on pending dialers; wakes a thread that waits in ``accept``."""
         self._closed = True
-        # As for a connection: what a forked child closes must go on listening in its parent.
+        # As in hang_up: what a forked child closes must go on listening in its parent.
         if os.getpid() == self._owner_pid:
             abandon(self._socket)
         with self._lock:

@@ -114,3 +114,14 @@ def abandon(sock: socket.socket) -> None:
     """Make both ends see an end of file, without closing a descriptor that another thread may be using."""
     with contextlib.suppress(OSError):  # already disconnected or closed, which is what was wanted
         sock.shutdown(socket.SHUT_RDWR)
+
+
+def hang_up(sock: socket.socket, owner_pid: int) -> None:
+    """Close ``sock``, and cut the connection itself if this process (and not a parent of it) made it.
+
+    Cutting reaches every duplicate: the peer sees the end even if some child inherited a descriptor.
+    A forked child that closes what it inherited, on the other hand, must not cut its parent's connection.
+    """
+    if os.getpid() == owner_pid:
+        abandon(sock)
+    sock.close()
