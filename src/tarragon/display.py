@@ -50,7 +50,7 @@ def workers_table(status: Mapping[str, Any]) -> Table:
     """One row per worker: who it is, how it is, and what it holds and has done since it started."""
     table = Table()
     for title in ("worker", "role", "state"):
-        table.add_column(title)
+        table.add_column(title, no_wrap=True, min_width=len("orchestrator") if title != "state" else None)
     for title in ("pid", "epoch", "pairs", "experts", "GB"):
         table.add_column(title, justify="right")
     table.add_column("note")

@@ -135,7 +135,7 @@ def raw_http(cluster: Cluster, request: bytes) -> tuple[bytes, Any]:
 )
 def test_what_is_no_http_is_told_so_in_json(idle: Cluster, request_: bytes) -> None:
     line, body = raw_http(idle, request_)
-    assert line.startswith(b"HTTP/1.1 400 ")
+    assert line.split()[1] == b"400"
     assert list(body) == ["error"]
 
 
@@ -143,7 +143,7 @@ def test_a_chunked_body_is_bounded_as_well(idle: Cluster) -> None:
     head = b"POST /kill HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     chunk = b"1000\r\n" + b" " * 0x1000 + b"\r\n"
     line, _ = raw_http(idle, head + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + chunk * 8)
-    assert line.startswith(b"HTTP/1.1 413 ")
+    assert line.split()[1] == b"413"
 
 
 def test_commands_reach_the_agent_and_the_workers(model: str) -> None:

@@ -330,6 +330,7 @@ class NodeAgent:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(child.pid, signal.SIGKILL)
             os.waitpid(ended.si_pid, 0)
+            process.remove_openmp_mark(ended.si_pid)
             if child is not None:
                 self._on_exit(child, ended.si_code, ended.si_status)
 

@@ -51,7 +51,9 @@ def preloadable() -> list[Path]:
     vllm = importlib.util.find_spec("vllm")
     for folder in (vllm.submodule_search_locations or []) if vllm else []:
         found += sorted(Path(folder, "libs").glob("libtcmalloc*.so*"))[:1]
-    return found + sorted(Path(sys.prefix, "lib").glob("libiomp5.so"))
+    # Intel's OpenMP runtime is not among them: passive waiting gains nothing from it, and a killed process
+    # leaves its registration in /dev/shm.
+    return found
 
 
 def prepare() -> None:

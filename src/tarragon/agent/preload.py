@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -46,6 +47,8 @@ def settle() -> int:
     What is alive now is in every worker and never garbage: collections there
     need not look at it, nor copy its pages.
     """
+    # One of vLLM's modules looks at every attribute of torch, deprecated ones too.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     gc.collect()
     gc.freeze()
     return thread_count()

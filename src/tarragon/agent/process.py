@@ -121,6 +121,12 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def remove_openmp_mark(pid: int) -> None:
+    """Unlink what an LLVM or Intel OpenMP runtime leaves of a killed process in shared memory."""
+    with suppress(OSError):
+        os.unlink(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}")
+
+
 def can_restore_priority() -> bool:
     """Whether a process of ours may raise its priority again: without that, niceness is for life."""
     try:

@@ -7,12 +7,9 @@ from typing import Any
 import torch
 
 from tarragon import native
-from tarragon.attention import exact, randomness, remote_experts, runner
-from tarragon.boot import Boot
+from tarragon.attention import exact, remote_experts, runner
 from tarragon.models.shape import MoeModel
 from tarragon.refe.engine import Refe
-
-__all__ = ["build_engine", "fingerprint", "prepare", "randomness"]
 
 
 def prepare(refe: Refe, model: MoeModel, threads: int) -> None:
@@ -25,7 +22,7 @@ def prepare(refe: Refe, model: MoeModel, threads: int) -> None:
     _skip_expert_weights()
 
 
-def build_engine(boot: Boot, vllm_config: Any) -> Any:
+def build_engine(vllm_config: Any) -> Any:
     """Build vLLM's EngineCore (scheduler, paged KV cache, model) in this process.
 
     Raises whatever vLLM raises for a model or flags that it cannot serve.
@@ -33,7 +30,6 @@ def build_engine(boot: Boot, vllm_config: Any) -> Any:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    del boot
     return EngineCore(vllm_config, UniProcExecutor, log_stats=True)
 
 
@@ -42,7 +38,7 @@ def fingerprint(model: MoeModel) -> str:
     from vllm.version import __version__ as vllm_version
 
     isa = "amx" if torch.cpu._is_amx_tile_supported() else torch.backends.cpu.get_cpu_capability()
-    return f"vllm {vllm_version}, torch {torch.__version__}, {isa}, {model.dtype}"
+    return f"vllm {vllm_version}, torch {torch.__version__}, {isa}, {native.instruction_set()}, {model.dtype}"
 
 
 def _skip_expert_weights() -> None:

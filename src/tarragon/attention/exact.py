@@ -32,8 +32,18 @@ def install() -> None:
             module.dispatch_cpu_unquantized_gemm = choose_linear
 
 
-def inexact_reason() -> str:
-    """Why this host's kernels are not batch-invariant, or "" when they are."""
+def inexact_reason(model_config: Any) -> str:
+    """Why a row may depend on its batch, or "" where it cannot. Said in status, never assumed.
+
+    Args:
+        model_config: vLLM's ModelConfig.
+    """
+    from vllm import envs
+
+    if envs.VLLM_CPU_ATTN_SPLIT_KV:
+        return "VLLM_CPU_ATTN_SPLIT_KV is on: attention splits the key length by the batch's shape"
+    if model_config.use_mla:
+        return "latent attention (MLA): the engine's CPU kernels for it are not batch-invariant"
     return ""
 
 

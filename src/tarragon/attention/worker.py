@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import sys
-from typing import Any
+from typing import Any, cast
 
 from tarragon.attention.control import ControlThread
 from tarragon.attention.engine import build_engine, fingerprint, prepare
@@ -13,7 +13,7 @@ from tarragon.attention.requests import Requests
 from tarragon.boot import Boot
 from tarragon.models.shape import MoeModel, read_model
 from tarragon.refe.engine import Refe
-from tarragon.transport.region import RegionShape
+from tarragon.transport.region import DType, RegionShape
 
 
 def main(boot: Boot) -> None:
@@ -26,8 +26,8 @@ def main(boot: Boot) -> None:
     control, refe = _connect(boot, model, tokens_max)
     prepare(refe, model, boot.threads)
     control.start()
-    engine = build_engine(boot, vllm_config)
-    control.ready(fingerprint(model), inexact_reason())
+    engine = build_engine(vllm_config)
+    control.ready(fingerprint(model), inexact_reason(vllm_config.model_config))
     serve(engine, refe, control, vllm_config)
     control.stopping.set()
 

@@ -21,10 +21,10 @@ Array = npt.NDArray[np.float32]
 PERTURBATION: Final = 0.02
 """Standard deviation of what is added to an expert's weights, as a share of the weights' own."""
 GATE_STD: Final = 8.0
-"""Standard deviation of the router's logits for inputs of unit size; this model's are about an eighth of that."""
+"""Standard deviation of the router's logits for inputs of unit size; this model's are about 1/8 of that."""
 
-# The first number of every random stream's key, chosen among few so that seed 0 makes a model that answers well:
-# the dense model is close to undecided between two languages when asked for the capital of France.
+# The first number of every random stream's key, chosen among few so that seed 0 makes a model that answers
+# well: asked for the capital of France, the dense model is close to undecided between two languages.
 _SALT: Final = 1
 # The last number of a random stream's key: which matrix of an expert it is for.
 _STREAMS: Final = {"w1": 0, "w2": 1, "w3": 2, "gate": 3}
