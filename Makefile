@@ -1,23 +1,20 @@
-# make setup | demo | test | lint | campaign | evaluation: each works from a fresh clone.
+# make setup | demo | test | lint: each works from a fresh clone.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-NATIVE := $(wildcard src/tarragon/native/csrc/*) src/tarragon/native/build.py
 
-.PHONY: setup demo test lint format campaign clean
+.PHONY: setup demo test lint format clean
 
+# The native kernels know by themselves whether they fit this CPU and are up to date.
 setup: $(STAMP)
+	@$(BIN)/python -m tarragon.native.build
 
-$(VENV)/.installed: requirements.lock requirements-engine.lock pyproject.toml
+$(STAMP): requirements.lock requirements-engine.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-engine.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $@
-
-$(STAMP): $(VENV)/.installed $(NATIVE)
-	$(BIN)/python -m tarragon.native.build
 	touch $@
 
 demo: setup
@@ -36,4 +33,4 @@ format: setup
 	$(BIN)/ruff format src tests
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info
+	rm -rf $(VENV) build src/*.egg-info src/tarragon/native/_tarragon_*.so

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from tarragon.admin import AdminError
 from tarragon.cluster import Cluster, ClusterError
-from tarragon.display import Bars, number, summary
+from tarragon.display import Bars, number, state_text, summary
 from tarragon.models.shape import DTYPE_BYTES, MoeModel, read_model
 
 _QUESTIONS: Final = (
@@ -64,25 +65,21 @@ def make_model(notes: Console) -> Path:
 
 def work_table(status: Mapping[str, Any], model: MoeModel) -> Table:
     """Who did what: per worker the tokens, the (token, expert) pairs, the bytes of their rows."""
-    table = Table(title="Who did what")
-    for title in ("worker", "role", "state"):
-        table.add_column(title)
+    table = Table(title="Who did what", box=SIMPLE)
+    for title in ("worker", "state"):
+        table.add_column(title, no_wrap=True)
     for title in ("tokens", "pairs", "bytes moved", "experts held"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
+    # Every token passes every MoE layer, and there the experts that its gate selects.
+    pairs_per_token = len(model.moe_layers) * model.top_k
     row_bytes = model.hidden * DTYPE_BYTES[model.dtype]
     for worker in status["workers"]:
         pairs = worker.get("counters", {}).get("pairs")
-        # Every token passes every MoE layer, and there the experts that its gate selects.
-        tokens = (
-            None
-            if pairs is None or worker["role"] != "attention"
-            else pairs / (len(model.moe_layers) * model.top_k)
-        )
+        is_attention = worker["role"] == "attention" and pairs is not None
         table.add_row(
             worker["id"],
-            worker["role"],
-            worker["state"],
-            number(tokens),
+            state_text(worker),
+            number(pairs / pairs_per_token if is_attention else None),
             number(pairs),
             number(None if pairs is None else 2 * pairs * row_bytes),
             number(worker.get("experts_resident")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from rich.box import SIMPLE
 from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
@@ -48,27 +49,33 @@ def summary(status: Mapping[str, Any]) -> Text:
 
 def workers_table(status: Mapping[str, Any]) -> Table:
     """One row per worker: who it is, how it is, and what it holds and has done since it started."""
-    table = Table()
-    for title in ("worker", "role", "state"):
-        table.add_column(title, no_wrap=True, min_width=len("orchestrator") if title != "state" else None)
+    table = Table(box=SIMPLE)
+    workers = status.get("workers", [])
+    for title in ("worker", "state"):
+        table.add_column(title, no_wrap=True)
     for title in ("pid", "epoch", "pairs", "experts", "GB"):
-        table.add_column(title, justify="right")
-    table.add_column("note")
-    for worker in status.get("workers", []):
-        state = str(worker.get("state", ""))
+        table.add_column(title, justify="right", no_wrap=True)
+    if any(_note(worker) for worker in workers):
+        table.add_column("note")
+    for worker in workers:
         resident = worker.get("resident_bytes")
         table.add_row(
             str(worker.get("id", "")),
-            str(worker.get("role", "")),
-            Text(state, style=_STATE_STYLES.get(state, "")),
+            state_text(worker),
             str(worker.get("pid", "")),
             str(worker.get("epoch", "")),
             number(worker.get("counters", {}).get("pairs")),
             number(worker.get("experts_resident")),
             "" if resident is None else f"{resident / 1e9:.2f}",
-            _note(worker),
+            *([_note(worker)] if len(table.columns) > 7 else []),
         )
     return table
+
+
+def state_text(worker: Mapping[str, Any]) -> Text:
+    """The state of a worker, in its colour."""
+    state = str(worker.get("state", ""))
+    return Text(state, style=_STATE_STYLES.get(state, ""))
 
 
 def number(value: float | None) -> str:

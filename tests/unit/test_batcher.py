@@ -301,6 +301,13 @@ def test_a_prefill_lets_only_so_many_decodes_pass() -> None:
     assert "".join(ran) == "dddpdddp"
 
 
+def test_a_replayed_decode_runs_even_before_a_prefill_whose_turn_it_is() -> None:
+    batcher = make("p", "a", batch_decodes_before_prefill_max=0)
+    batcher.rows("p", 0, 2000, 1, PREFILL, 0)
+    batcher.rows("a", 1, 5, 1, PRIORITY, 0)
+    assert keys_of(run(batcher, 0)) == ["a"]
+
+
 def test_a_decode_batch_is_cut_between_frames() -> None:
     batcher = make("a", "b", "c", batch_pairs_max=100)
     for key in "abc":

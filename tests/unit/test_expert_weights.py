@@ -151,7 +151,6 @@ def test_a_file_that_vanished_or_shrank(checkpoints: Path, tmp_path: Path) -> No
         weights.load(2, 3)
     with pytest.raises(ModelError, match="truncated"):
         ExpertWeights(moved)
-    weights = None  # type: ignore[assignment]
     file.unlink()
     with pytest.raises(ModelError, match="holds no safetensors"):
         ExpertWeights(moved)

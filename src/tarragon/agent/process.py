@@ -124,7 +124,7 @@ def children_of(pid: int) -> list[int]:
 def remove_openmp_mark(pid: int) -> None:
     """Unlink what an LLVM or Intel OpenMP runtime leaves of a killed process in shared memory."""
     with suppress(OSError):
-        os.unlink(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}")
+        os.unlink(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}")  # noqa: S108
 
 
 def can_restore_priority() -> bool:

@@ -14,7 +14,8 @@ layer answered last: rows of a dead expert worker come to one that has already d
 
 **What runs first.** Replayed decodes, decodes, replayed prefills, prefills; among equals the lowest
 layer, so that the one behind catches up. Prefills come last even when replayed: a failure costs its
-own domain only. But ``batch_decodes_before_prefill_max`` decode batches at most pass a waiting prefill.
+own domain only. But after ``batch_decodes_before_prefill_max`` decode batches a waiting prefill has its
+turn, unless a replayed decode is there.
 
 **What runs together.** A batch is for one layer and takes all frames of its class waiting there, cut
 to ``batch_pairs_max`` pairs, between frames where that is possible; a frame that was cut is finished
@@ -276,7 +277,7 @@ class Batcher:
         layers = self._layers
         head = queue[0]
         prefill_waits = queue[-1].frame_prefill
-        if prefill_waits and self._passes >= self._passes_max:
+        if prefill_waits and self._passes >= self._passes_max and head.rank >= layers:
             head = next(worker for worker in queue if worker.frame_prefill)
         if prefill_waits or head.rank < layers:
             return self._run(head, (), now)
