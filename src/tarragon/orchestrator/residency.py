@@ -112,9 +112,11 @@ class Residency:
         self.target = target
         self._retarget()
 
-    def superseded(self, version: int) -> None:
-        """Every serving attention worker uses table ``version`` or a later one."""
+    def superseded(self, version: int) -> bool:
+        """Every attention worker uses table ``version`` or a later one; True if that retires a table."""
+        before = len(self._in_use)
         self._in_use = [(v, names) for v, names in self._in_use if v >= version or v == self.table.version]
+        return len(self._in_use) < before
 
     def is_drained(self, worker_id: str) -> bool:
         """Whether no table in use sends rows to the worker."""

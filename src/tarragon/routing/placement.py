@@ -6,6 +6,7 @@ and up to ``replicas`` **shadows**: loaded but inactive copies on other workers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -215,6 +216,7 @@ class _Shadows:
         self.layers, self.experts, self.workers = len(weights), len(weights[0]), range(len(left))
         self.holders = [[[w] for w in row] for row in primaries]
         self.held = [0] * len(left)
+        self.shares = [0] * len(left)
         # How many experts of primary p are shadowed by w: in each layer, and in all.
         self.backs_layer = [[[0] * len(left) for _ in left] for _ in weights]
         self.backs = [[0] * len(left) for _ in left]
@@ -222,39 +224,41 @@ class _Shadows:
     def solve(self, replicas: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Return the holders of each [layer][expert], the primary first."""
         wanted = min(replicas * self.layers * self.experts, sum(self.left))
-        had = [0] * len(self.left)
-        for row in self.before:
-            for holders in row:
-                for w in holders[1:]:
-                    if w != _GONE:
-                        had[w] += 1
-        shares = even_split(wanted, self.left, had)
+        former = Counter(w for row in self.before for holders in row for w in holders[1:])
+        self.shares = even_split(wanted, self.left, [former[w] for w in self.workers])
         order = [(layer, expert) for layer in range(self.layers) for expert in range(self.experts)]
         order.sort(key=lambda at: -self.weights[at[0]][at[1]])  # stable: then by layer and expert
-        for _ in range(replicas):
+        for copies in range(1, replicas + 1):
+            for layer, expert in order[: sum(self.left)]:
+                self._keep(layer, expert)
             for layer, expert in order:
-                self._add(layer, expert, shares)
+                if len(self.holders[layer][expert]) == copies:
+                    self._add(layer, expert, copies, order)
         return tuple(tuple(tuple(h) for h in row) for row in self.holders)
 
-    def _add(self, layer: int, expert: int, shares: list[int]) -> None:
+    def _keep(self, layer: int, expert: int) -> None:
+        """Leave a copy where one was, within the worker's even share of all shadows."""
+        holders = self.holders[layer][expert]
+        for w in self.before[layer][expert]:
+            if w != _GONE and w not in holders and self.left[w] > 0 and self.held[w] < self.shares[w]:
+                self._hold(layer, expert, w, +1)
+                holders.append(w)
+                return
+
+    def _add(self, layer: int, expert: int, copies: int, order: list[tuple[int, int]]) -> None:
+        """Give the expert one more copy, if there is or can be made room for it."""
         holders = self.holders[layer][expert]
         options = [w for w in self.workers if self.left[w] > 0 and w not in holders]
-        if not options:
+        if not options and any(self.left):
             w = self._make_room(holders)
+            if w is None:
+                w = self._displace(holders, self.weights[layer][expert], copies, order)
             options = [] if w is None else [w]
         if options:
-            primary, was = holders[0], self.before[layer][expert]
-            backs, backs_layer = self.backs[primary], self.backs_layer[layer][primary]
+            backs, backs_layer = self.backs[holders[0]], self.backs_layer[layer][holders[0]]
             best = min(
                 options,
-                key=lambda w: (
-                    self.held[w] >= shares[w],
-                    w not in was,
-                    backs_layer[w],
-                    backs[w],
-                    self.held[w],
-                    w,
-                ),
+                key=lambda w: (self.held[w] >= self.shares[w], backs_layer[w], backs[w], self.held[w], w),
             )
             self._hold(layer, expert, best, +1)
             holders.append(best)
@@ -272,15 +276,27 @@ class _Shadows:
         The only room left is on workers that hold the expert already; a shadow elsewhere may move there.
         """
         free = [w for w in self.workers if self.left[w] > 0]
-        if not free:
-            return None
         for layer, row in enumerate(self.holders):
             for expert, other in enumerate(row):
+                target = next((f for f in free if f not in other), None)
                 for position, w in enumerate(other[1:], start=1):
-                    target = next((f for f in free if f not in other), None)
                     if w not in holders and target is not None:
                         self._hold(layer, expert, w, -1)
                         self._hold(layer, expert, target, +1)
                         other[position] = target
                         return w
+        return None
+
+    def _displace(
+        self, holders: list[int], weight: float, copies: int, order: list[tuple[int, int]]
+    ) -> int | None:
+        """Take the place of a copy that a less used expert kept; that expert's turn comes after this one."""
+        for layer, expert in reversed(order):
+            other = self.holders[layer][expert]
+            if self.weights[layer][expert] >= weight:
+                return None
+            if len(other) > copies and other[-1] not in holders:
+                w = other.pop()
+                self._hold(layer, expert, w, -1)
+                return w
         return None
