@@ -42,7 +42,7 @@ def main(args: Sequence[str]) -> int:
         attention_workers=2,
         expert_workers=2,
         # Compiling would make answers a third faster and the first start minutes longer.
-        engine_args=("--enforce-eager", f"--max-model-len={_CONTEXT_TOKENS_MAX}"),
+        engine_args=(f"--max-model-len={_CONTEXT_TOKENS_MAX}",),
         kv_cache_bytes=_KV_CACHE_BYTES,
     )
     try:

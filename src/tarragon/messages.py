@@ -130,7 +130,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """The expert routing table (4.2): candidates[layer][expert] lists indexes into ``workers``, best first."""
+    """The expert routing table (4.2): candidates[layer][expert] indexes ``workers``, best first."""
 
     version: int
     workers: list[Peer]

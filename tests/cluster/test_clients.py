@@ -142,8 +142,9 @@ def test_vllm_bench_serve_completes(cluster: Cluster, model_name: str, tmp_path:
 
 
 def _demo_folder() -> Path:
-    from tarragon.models.demo import ensure_demo_model
     from tests.cluster.conftest import SMALL_LAYERS
+
+    from tarragon.models.demo import ensure_demo_model
 
     return ensure_demo_model(layers=SMALL_LAYERS)
 

@@ -31,8 +31,10 @@ def queries_per_item(heads: int, kv_heads: int, windowed: bool) -> int:
     if windowed:
         return 1
     group = heads // kv_heads
-    return _QUERY_HEADS_PER_ITERATION // group if _QUERY_HEADS_PER_ITERATION % group == 0 else (
-        _QUERY_HEADS_PER_ITERATION
+    return (
+        _QUERY_HEADS_PER_ITERATION // group
+        if _QUERY_HEADS_PER_ITERATION % group == 0
+        else (_QUERY_HEADS_PER_ITERATION)
     )
 
 

@@ -23,7 +23,6 @@ from tarragon.models.demo import ensure_demo_model
 
 OUTPUT_TOKENS = 64
 PROMPT_TOKENS = 10
-REQUESTS_PER_STREAM = 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +33,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--attention-workers", type=int, default=2)
     options.add_argument("--expert-workers", type=int, default=2)
     options.add_argument("--layers", type=int, help="demo model: only the first N layers")
+    options.add_argument("--requests-per-stream", type=int, default=2)
+    options.add_argument(
+        "--eager", action="store_true", help="Tarragon without torch.compile; the peer keeps it"
+    )
     options.add_argument("--json", type=Path)
     return options
 
@@ -58,6 +61,7 @@ def run(options: argparse.Namespace, model: Path) -> dict[str, Any]:
             model,
             attention_workers=options.attention_workers,
             expert_workers=options.expert_workers,
+            engine_args=["--enforce-eager"] if options.eager else [],
         ) as cluster,
     ):
         name, url = model.name, f"{cluster.url}/v1"
@@ -66,8 +70,9 @@ def run(options: argparse.Namespace, model: Path) -> dict[str, Any]:
             before = cluster.status()
             ours, theirs = [], []
             for turn in range(options.rounds):
-                ours.append(measure(url, name, concurrency, seed=turn))
-                theirs.append(measure(peer.url, "model", concurrency, seed=turn))
+                load = requests(concurrency, options.requests_per_stream * concurrency, turn)
+                ours.append(measure(url, name, concurrency, load))
+                theirs.append(measure(peer.url, "model", concurrency, load))
                 print(
                     f"{concurrency:3} streams, pair {turn + 1}/{options.rounds}: "
                     f"{ours[-1]['tokens_per_s']:.1f} against {theirs[-1]['tokens_per_s']:.1f} tokens/s",
@@ -91,6 +96,7 @@ def run(options: argparse.Namespace, model: Path) -> dict[str, Any]:
         "prompt_tokens": PROMPT_TOKENS,
         "output_tokens": OUTPUT_TOKENS,
         "rounds": options.rounds,
+        "eager": options.eager,
     }
     return {
         "name": "steady",
@@ -100,16 +106,16 @@ def run(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     }
 
 
-def requests(concurrency: int, seed: int) -> list[Request]:
+def requests(concurrency: int, count: int, seed: int) -> list[Request]:
     params = {"temperature": 0, "ignore_eos": True}
-    prompts = random_prompts(concurrency * REQUESTS_PER_STREAM, PROMPT_TOKENS, seed=seed, vocabulary=40_000)
+    prompts = random_prompts(count, PROMPT_TOKENS, seed=1_000 * concurrency + seed, vocabulary=40_000)
     return [Request(prompt, OUTPUT_TOKENS, params) for prompt in prompts]
 
 
-def measure(url: str, model: str, concurrency: int, *, seed: int) -> dict[str, float]:
+def measure(url: str, model: str, concurrency: int, load: list[Request]) -> dict[str, float]:
     """One closed-loop run; raises RuntimeError if any stream failed."""
     start = time.monotonic()
-    streams = asyncio.run(closed_loop(url, model, requests(concurrency, seed), concurrency))
+    streams = asyncio.run(closed_loop(url, model, load, concurrency))
     elapsed = time.monotonic() - start
     fail_on_error(streams)
     gaps = [gap for stream in streams for gap in stream.gaps_s]
@@ -122,10 +128,9 @@ def measure(url: str, model: str, concurrency: int, *, seed: int) -> dict[str, f
 
 
 def warm_up(ours: str, our_name: str, theirs: str, concurrency: int) -> None:
+    load = requests(concurrency, concurrency, 999)
     for url, name in ((ours, our_name), (theirs, "model")):
-        fail_on_error(
-            asyncio.run(closed_loop(url, name, requests(concurrency, 99)[:concurrency], concurrency))
-        )
+        fail_on_error(asyncio.run(closed_loop(url, name, load, concurrency)))
 
 
 def fail_on_error(streams: list[Stream]) -> None:

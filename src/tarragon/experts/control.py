@@ -47,8 +47,8 @@ class ControlThread(threading.Thread):
         self.stopping = threading.Event()
         self._counters = counters
         self._fingerprint = f"{fingerprint}, experts {kernel_isa()}"
-        self._resident: list[ExpertId] = []
-        self._resident_bytes = 0
+        self._resident: dict[ExpertId, int] = {}
+        self._assignments: queue.SimpleQueue[tuple[int, list[ExpertId]]] = queue.SimpleQueue()
         config = boot.config
         self._listener = Listener(
             boot.address,
@@ -76,6 +76,7 @@ class ControlThread(threading.Thread):
             )
         )
         threading.Thread(target=self._accept_forever, name="acceptor", daemon=True).start()
+        threading.Thread(target=self._load_forever, name="loader", daemon=True).start()
         poll = select.poll()
         poll.register(self._orchestrator.fileno(), select.POLLIN)
         while not self.stopping.is_set():
@@ -96,31 +97,36 @@ class ControlThread(threading.Thread):
         except (ConnectionError, ProtocolError):
             message = None
         match message:
-            case Welcome(assigned=wanted) | Assign(experts=wanted):
-                threading.Thread(target=self._load, args=(wanted,), daemon=True).start()
+            case Welcome(assigned=wanted, order=order) | Assign(experts=wanted, order=order):
+                self._assignments.put((order, wanted))
             case None | Stop() | Refused():
                 self.stopping.set()
                 os.eventfd_write(self.wake_fd, 1)
             case Message():
                 pass
 
-    def _load(self, wanted: list[ExpertId]) -> None:
-        """Load what is missing, primaries first, then say what is resident."""
-        for expert in wanted:
-            size = self.experts.load(expert)
-            if size:
-                self._resident.append(expert)
-                self._resident_bytes += size
-        self._send(
-            Ready(
-                worker_id=self.boot.worker_id,
-                epoch=self.boot.epoch,
-                fingerprint=self._fingerprint,
-                exact=True,
-                resident=list(self._resident),
-                resident_bytes=self._resident_bytes,
+    def _load_forever(self) -> None:
+        """Obey assignments one after the other: load what is missing, drop what is not named, report."""
+        while not self.stopping.is_set():
+            order, wanted = self._assignments.get()
+            for expert in wanted:
+                if expert not in self._resident:
+                    self._resident[expert] = self.experts.load(expert)
+            for expert in set(self._resident) - set(wanted):
+                # The orchestrator names it no longer once no attention worker's table lists it here.
+                self.experts.unload(expert)
+                del self._resident[expert]
+            self._send(
+                Ready(
+                    worker_id=self.boot.worker_id,
+                    epoch=self.boot.epoch,
+                    fingerprint=self._fingerprint,
+                    exact=True,
+                    resident=sorted(self._resident),
+                    resident_bytes=sum(self._resident.values()),
+                    order=order,
+                )
             )
-        )
 
     def _accept_forever(self) -> None:
         while not self.stopping.is_set():

@@ -2,12 +2,13 @@
 
 Weights of one layer lie in two tensors with a slot for *every* logical expert,
 so that a row's logical id is also its index and a shadow costs no lookup. The
-tensors are reserved, not filled: pages of experts that are not resident are
-never touched, hence take no memory.
+tensors are reserved, not filled: pages of experts that are not resident take no
+memory.
 """
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,36 @@ def kernel_isa() -> str:
     return "amx" if torch.cpu._is_amx_tile_supported() else "vec"
 
 
+class _Slots:
+    """One tensor [E, ...] over anonymous memory: a slot per logical expert, pages only where filled."""
+
+    def __init__(self, experts: int, like: torch.Tensor) -> None:
+        self._slot_bytes = like.nbytes
+        self._memory = mmap.mmap(-1, experts * self._slot_bytes)
+        flat = torch.frombuffer(self._memory, dtype=like.dtype)
+        self.tensor = flat.view(experts, *like.shape)
+
+    def fill(self, expert: int, value: torch.Tensor) -> None:
+        self.tensor[expert].copy_(value)
+
+    def release(self, expert: int) -> None:
+        """Give the slot's whole pages back to the system."""
+        page = mmap.PAGESIZE
+        start = -(-expert * self._slot_bytes // page) * page
+        end = (expert + 1) * self._slot_bytes // page * page
+        if end > start:
+            self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
 @dataclass(frozen=True)
 class _LayerWeights:
-    w13: torch.Tensor
-    w2: torch.Tensor
-    b13: torch.Tensor | None
-    b2: torch.Tensor | None
+    w13: _Slots
+    w2: _Slots
+    b13: _Slots | None
+    b2: _Slots | None
+
+    def present(self) -> list[_Slots]:
+        return [slots for slots in (self.w13, self.w2, self.b13, self.b2) if slots is not None]
 
 
 class ResidentExperts:
@@ -61,17 +86,22 @@ class ResidentExperts:
         if self.resident[expert.layer, expert.expert]:
             return 0
         w13, w2, b13, b2 = self._weights.load(expert.layer, expert.expert)
-        packed13 = ops.cpu_prepack_moe_weight(w13.unsqueeze(0).contiguous(), self._isa)
-        packed2 = ops.cpu_prepack_moe_weight(w2.unsqueeze(0).contiguous(), self._isa)
+        packed13 = ops.cpu_prepack_moe_weight(w13.unsqueeze(0).contiguous(), self._isa)[0]
+        packed2 = ops.cpu_prepack_moe_weight(w2.unsqueeze(0).contiguous(), self._isa)[0]
+        parts = [part for part in (packed13, packed2, b13, b2) if part is not None]
         layer = self._layers[expert.layer] or self._reserve(expert.layer, packed13, packed2, b13, b2)
-        layer.w13[expert.expert].copy_(packed13[0])
-        layer.w2[expert.expert].copy_(packed2[0])
-        if b13 is not None and layer.b13 is not None:
-            layer.b13[expert.expert].copy_(b13)
-        if b2 is not None and layer.b2 is not None:
-            layer.b2[expert.expert].copy_(b2)
+        for slots, part in zip(layer.present(), parts, strict=True):
+            slots.fill(expert.expert, part)
         self.resident[expert.layer, expert.expert] = True
-        return packed13.nbytes + packed2.nbytes
+        return sum(part.nbytes for part in parts)
+
+    def unload(self, expert: ExpertId) -> None:
+        """Forget an expert and give its memory back; the caller knows that no row for it can be under way."""
+        self.resident[expert.layer, expert.expert] = False
+        layer = self._layers[expert.layer]
+        if layer is not None:
+            for slots in layer.present():
+                slots.release(expert.expert)
 
     def _reserve(
         self,
@@ -83,10 +113,10 @@ class ResidentExperts:
     ) -> _LayerWeights:
         experts = self.model.experts
         layer = _LayerWeights(
-            w13=torch.empty(experts, *packed13.shape[1:], dtype=packed13.dtype),
-            w2=torch.empty(experts, *packed2.shape[1:], dtype=packed2.dtype),
-            b13=None if b13 is None else torch.zeros(experts, *b13.shape, dtype=b13.dtype),
-            b2=None if b2 is None else torch.zeros(experts, *b2.shape, dtype=b2.dtype),
+            w13=_Slots(experts, packed13),
+            w2=_Slots(experts, packed2),
+            b13=None if b13 is None else _Slots(experts, b13),
+            b2=None if b2 is None else _Slots(experts, b2),
         )
         self._layers[position] = layer
         return layer
@@ -108,10 +138,10 @@ class ResidentExperts:
         ops.cpu_fused_moe(
             out,
             rows,
-            layer.w13,
-            layer.w2,
-            layer.b13,
-            layer.b2,
+            layer.w13.tensor,
+            layer.w2.tensor,
+            None if layer.b13 is None else layer.b13.tensor,
+            None if layer.b2 is None else layer.b2.tensor,
             self._ones[:pairs],
             expert_ids.view(pairs, 1),
             self.model.activation,

@@ -1,4 +1,4 @@
-"""The expert worker's process: batch rows layer by layer over all attention workers, run the experts (5.2)."""
+"""The expert worker's process: batch rows by layer over all attention workers and run the experts (5.2)."""
 
 from __future__ import annotations
 

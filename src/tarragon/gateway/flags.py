@@ -34,6 +34,9 @@ _DEFAULTS: Final = (
     "--disable-uvicorn-access-log",
     "--uvicorn-log-level=warning",
     "--aggregate-engine-logging",
+    "--no-use-tqdm-on-load",
+    # Compiling takes minutes per cold start, on every core, and a replacement worker has none to spare.
+    "--enforce-eager",
 )
 """What the user's flags may override."""
 
