@@ -19,7 +19,12 @@ def cluster() -> Iterator[Cluster]:
         ensure_demo_model(layers=SMALL_LAYERS),
         2,
         2,
-        engine_args=("--max-model-len=1024", "--max-num-batched-tokens=256"),
+        engine_args=(
+            "--max-model-len=1024",
+            "--max-num-batched-tokens=256",
+            # Four layers of a model like white space better than words.
+            '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
+        ),
     ) as running:
         yield running
 
