@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from tarragon.models.demo import ensure_demo_model
+from tarragon.testing.checkpoints import make_checkpoint
+
 REQUEST_TIMEOUT_S = 300.0
+SMALL_LAYERS = 4
+"""Layers of the demo model that quick tests use."""
+VOCABULARY = 49_152
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,15 @@ def ask(url: str, model: str, bodies: list[dict[str, Any]], *, concurrency: int)
             return list(await asyncio.gather(*(one(body) for body in bodies)))
 
     return asyncio.run(all_of_them())
+
+
+def random_checkpoint(kind: str, folder: Path, *, layers: int = 2) -> Path:
+    """Random weights of architecture ``kind``, with the demo model's tokenizer and vocabulary."""
+    tokenizer = ensure_demo_model(layers=SMALL_LAYERS)
+    make_checkpoint(kind, folder, layers=layers, vocab=VOCABULARY)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder / name)
+    return folder
 
 
 def differing(a: list[Answer], b: list[Answer]) -> list[int]:

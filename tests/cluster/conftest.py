@@ -8,8 +8,7 @@ import pytest
 
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
-
-SMALL_LAYERS = 4
+from tests.workload import SMALL_LAYERS
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ import openai
 import pytest
 
 from tarragon.cluster import Cluster
+from tarragon.models.demo import ensure_demo_model
+from tests.workload import SMALL_LAYERS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
 

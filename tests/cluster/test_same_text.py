@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.workload import Answer, ask, differing, mixed_requests
+from tests.workload import Answer, ask, differing, mixed_requests, random_checkpoint
 
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
-from tarragon.testing.checkpoints import make_checkpoint
 
 pytestmark = pytest.mark.cluster
 
@@ -25,7 +24,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A checkpoint and the size of the vocabulary that its prompts are drawn from."""
     if request.param == "demo model":
         return ensure_demo_model(layers=4), 40_000
-    return make_checkpoint("mixtral", tmp_path_factory.mktemp("random") / "mixtral", layers=4), 2_000
+    return random_checkpoint("mixtral", tmp_path_factory.mktemp("random") / "mixtral", layers=4), 40_000
 
 
 @pytest.mark.timeout(600)

@@ -1,0 +1,134 @@
+"""Bad input gets a clear error, and the rest of the service goes on unharmed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tarragon.cluster import Cluster
+from tarragon.testing.checkpoints import make_checkpoint
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+
+def _post(cluster: Cluster, body: Any, path: str = "/v1/completions") -> requests.Response:
+    data = body if isinstance(body, (bytes, str)) else json.dumps(body)
+    return requests.post(
+        cluster.url + path, data=data, headers={"content-type": "application/json"}, timeout=60
+    )
+
+
+def _works(cluster: Cluster, model_name: str) -> bool:
+    answer = _post(cluster, {"model": model_name, "prompt": "Hello", "max_tokens": 2, "temperature": 0})
+    return answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "word"),
+    [
+        ({"prompt": [7] * 5_000}, 400, "1024"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"tempreature": 1}, 400, "tempreature"),
+        ({"n": 0}, 400, "n"),
+        ({"max_tokens": 0, "n": -3}, 400, "n"),
+        ({"logprobs": 10_000}, 400, "logprobs"),
+        ({"model": "nobody"}, 404, "nobody"),
+        ({"prompt": None}, 400, "prompt"),
+    ],
+)
+def test_a_bad_request_is_a_4xx_that_names_the_fault(
+    cluster: Cluster, model_name: str, change: dict[str, Any], status: int, word: str
+) -> None:
+    answer = _post(cluster, {"model": model_name, "prompt": "Hello", "max_tokens": 2, **change})
+    assert answer.status_code == status, answer.text
+    assert word in answer.json()["error"]["message"]
+    assert _works(cluster, model_name)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"prompt":' * 2_000])
+def test_a_malformed_body_is_a_4xx(cluster: Cluster, model_name: str, body: bytes) -> None:
+    assert 400 <= _post(cluster, body).status_code < 500
+    assert _works(cluster, model_name)
+
+
+def _serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tarragon", "serve", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def _one_sentence(result: subprocess.CompletedProcess[str], word: str) -> None:
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert word in lines[-1], result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    _one_sentence(_serve(str(tmp_path)), "config.json")
+
+
+def test_a_model_without_experts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64})
+    )
+    _one_sentence(_serve(str(tmp_path)), "LlamaForCausalLM")
+
+
+def test_a_truncated_shard(tmp_path: Path) -> None:
+    folder = make_checkpoint("mixtral", tmp_path / "m")
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1_000])
+    _one_sentence(_serve(str(folder)), shard.name)
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    folder = make_checkpoint("mixtral", tmp_path / "m")
+    next(folder.glob("*.safetensors")).unlink()
+    _one_sentence(_serve(str(folder)), "safetensors")
+
+
+def test_more_experts_than_memory(tmp_path: Path) -> None:
+    folder = make_checkpoint("mixtral", tmp_path / "m")
+    _one_sentence(_serve(str(folder), "--expert-memory-bytes-max=1000"), "bytes")
+
+
+def test_a_port_in_use(cluster: Cluster, tmp_path: Path) -> None:
+    folder = make_checkpoint("mixtral", tmp_path / "m")
+    port = cluster.url.rsplit(":", 1)[1]
+    _one_sentence(_serve(str(folder), f"--port={port}"), port)
+
+
+@pytest.mark.parametrize(
+    ("flag", "word"),
+    [
+        ("--tensor-parallel-size=2", "tensor-parallel-size"),
+        ("--enable-lora", "lora"),
+        ("--quantization=fp8", "quantization"),
+        ("--speculative-config={}", "speculative"),
+        ("--trust-remote-code", "trust-remote-code"),
+        ("--max-model-length=12", "max-model-len"),
+    ],
+)
+def test_a_flag_that_does_not_apply_is_refused_by_name(tmp_path: Path, flag: str, word: str) -> None:
+    folder = make_checkpoint("mixtral", tmp_path / "m")
+    _one_sentence(_serve(str(folder), flag), word)
+
+
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "mxfp4"])
+def test_quantised_experts_are_refused(tmp_path: Path, method: str) -> None:
+    folder = make_checkpoint("mixtral", tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method}
+    (folder / "config.json").write_text(json.dumps(config))
+    _one_sentence(_serve(str(folder)), method)
