@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from tests.workload import SMALL_LAYERS
 
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
-from tests.workload import SMALL_LAYERS
 
 
 @pytest.fixture(scope="module")

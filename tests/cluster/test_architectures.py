@@ -1,13 +1,13 @@
-"""Any MoE architecture that vLLM's CPU engine runs is served, and exactly, except where status says why not."""
+"""Any MoE architecture that vLLM's CPU engine runs is served, exactly, unless status says why not."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from tests.workload import ask, differing, mixed_requests, random_checkpoint
 
 from tarragon.cluster import Cluster
-from tests.workload import ask, differing, mixed_requests, random_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -14,7 +14,6 @@ import pytest
 
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
-from tests.workload import SMALL_LAYERS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
 
@@ -151,8 +150,6 @@ def test_vllm_bench_serve_completes(cluster: Cluster, model_name: str, tmp_path:
 
 def _demo_folder() -> Path:
     from tests.cluster.conftest import SMALL_LAYERS
-
-    from tarragon.models.demo import ensure_demo_model
 
     return ensure_demo_model(layers=SMALL_LAYERS)
 

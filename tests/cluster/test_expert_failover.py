@@ -6,9 +6,9 @@ import threading
 import time
 
 import pytest
+from tests.workload import Answer, ask, differing, mixed_requests
 
 from tarragon.cluster import Cluster
-from tests.workload import Answer, ask, differing, mixed_requests
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
