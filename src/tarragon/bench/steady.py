@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -44,27 +45,36 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     model = options.model or ensure_demo_model(layers=options.layers)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that both servers are stopped
     result = run(options, model)
-    text = json.dumps(result, indent=1)
-    if options.json:
-        options.json.write_text(text)
-    print(text if not options.json else table(result))
+    print(table(result) if options.json else json.dumps(result, indent=1))
     return 0
 
 
 def run(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Measure and return {"name", "settings", "metrics", "machine"}."""
     metrics: dict[str, Any] = {}
+    result: dict[str, Any] = {}
+    settings = {
+        "model": model.name,
+        "attention_workers": options.attention_workers,
+        "expert_workers": options.expert_workers,
+        "prompt_tokens": PROMPT_TOKENS,
+        "output_tokens": OUTPUT_TOKENS,
+        "rounds": options.rounds,
+        "compiled": options.compiled,
+    }
     with (
         MonolithicVllm(model) as peer,
         Cluster(
             model,
             attention_workers=options.attention_workers,
             expert_workers=options.expert_workers,
-            engine_args=["--enforce-eager"] if options.eager else [],
+            engine_args=["--no-enforce-eager"] if options.compiled else [],
         ) as cluster,
     ):
         name, url = model.name, f"{cluster.url}/v1"
+        startup = {"tarragon": cluster.ready_line, "vllm_s": peer.startup_s}
         for concurrency in options.concurrency:
             warm_up(url, name, peer.url, concurrency)
             before = cluster.status()
@@ -88,22 +98,15 @@ def run(options: argparse.Namespace, model: Path) -> dict[str, Any]:
                 },
                 "where": where(before, cluster.status()),
             }
-        startup = {"tarragon": cluster.ready_line, "vllm_s": peer.startup_s}
-    settings = {
-        "model": model.name,
-        "attention_workers": options.attention_workers,
-        "expert_workers": options.expert_workers,
-        "prompt_tokens": PROMPT_TOKENS,
-        "output_tokens": OUTPUT_TOKENS,
-        "rounds": options.rounds,
-        "eager": options.eager,
-    }
-    return {
-        "name": "steady",
-        "settings": settings,
-        "metrics": {"by_concurrency": metrics, "startup": startup},
-        "machine": machine(),
-    }
+            result = {
+                "name": "steady",
+                "settings": settings,
+                "metrics": {"by_concurrency": metrics, "startup": startup},
+                "machine": machine(),
+            }
+            if options.json:  # as they come: a later failure must not cost what was measured
+                options.json.write_text(json.dumps(result, indent=1))
+    return result
 
 
 def requests(concurrency: int, count: int, seed: int) -> list[Request]:
