@@ -6,23 +6,17 @@ through their mailboxes.
 
 from __future__ import annotations
 
-import os
 import queue
-import select
 import threading
 import time
 
 from tarragon.boot import Boot
+from tarragon.control import WorkerControl
 from tarragon.messages import (
     Control,
-    Hello,
-    Message,
     Peer,
-    ProtocolError,
     Ready,
-    Refused,
     Report,
-    Stop,
     Suspicion,
     Table,
     TableAck,
@@ -31,36 +25,20 @@ from tarragon.messages import (
 )
 from tarragon.refe.engine import LinkDown, NewLink, NewTable, Refe
 from tarragon.transport.link import DataLink, LinkRefused, Offer
-from tarragon.transport.local import Connection, Listener, dial
+from tarragon.transport.local import Connection, dial
 from tarragon.transport.region import RegionShape
 
 
-class ControlThread(threading.Thread):
-    """Dials the orchestrator, keeps one data link per live expert worker, accepts the gateway.
+class ControlThread(WorkerControl):
+    """Keeps one data link per live expert worker and accepts the gateway.
 
-    ``gateways`` delivers accepted connections with their first frame; ``wake_fd`` becomes readable with each.
+    ``gateways`` delivers accepted connections with their first frame.
     """
 
     def __init__(self, boot: Boot, refe: Refe, region: RegionShape) -> None:
-        super().__init__(name="control", daemon=True)
-        self.boot, self.refe, self.region = boot, refe, region
+        super().__init__(boot, frame_bytes_max=boot.config.engine_frame_bytes_max)
+        self.refe, self.region = refe, region
         self.gateways: queue.SimpleQueue[tuple[Connection, bytes]] = queue.SimpleQueue()
-        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.stopping = threading.Event()
-        config = boot.config
-        self._listener = Listener(
-            boot.address,
-            boot.secret,
-            frame_bytes_max=config.engine_frame_bytes_max,
-            handshake_timeout_s=config.handshake_timeout_s,
-        )
-        self._orchestrator = dial(
-            boot.orchestrator_address,
-            boot.secret,
-            timeout_s=config.connect_timeout_s,
-            frame_bytes_max=config.control_frame_bytes_max,
-        )
-        self._send_lock = threading.Lock()
         self._dialled: set[tuple[str, int]] = set()
         self._linked: set[tuple[str, int]] = set()
         self._table: Table | None = None
@@ -83,14 +61,6 @@ class ControlThread(threading.Thread):
 
     def acknowledge(self, version: int) -> None:
         self.send(TableAck(worker_id=self.boot.worker_id, epoch=self.boot.epoch, version=version))
-
-    def send(self, message: Control) -> None:
-        """Send to the orchestrator; its absence is not this worker's failure."""
-        with self._send_lock:
-            try:
-                self._orchestrator.send_control(message)
-            except (ConnectionError, TimeoutError):
-                return
 
     def ready(self, fingerprint: str, inexact_reason: str) -> None:
         """Wait for the links to all expert workers of the first table, then report ready (5.4)."""
@@ -120,48 +90,18 @@ class ControlThread(threading.Thread):
 
     # ------------------------------------------------------------------ the thread
 
-    def run(self) -> None:
-        boot = self.boot
-        self.send(
-            Hello(
-                worker_id=boot.worker_id,
-                role=boot.role,
-                epoch=boot.epoch,
-                pid=os.getpid(),
-                address=boot.address,
-            )
-        )
-        poll = select.poll()
-        poll.register(self._orchestrator.fileno(), select.POLLIN)
-        threading.Thread(target=self._accept_forever, name="acceptor", daemon=True).start()
-        while not self.stopping.is_set():
-            if poll.poll(boot.config.report_interval_ms):
-                self._from_orchestrator()
-            self.report()
-
-    def _accept_forever(self) -> None:
-        while not self.stopping.is_set():
-            try:
-                connection = self._listener.accept()
-                attach = connection.recv(self.boot.config.handshake_timeout_s)
-            except (ConnectionError, TimeoutError, ValueError):
-                continue  # refused and counted by the listener
-            self.gateways.put((connection, attach or b""))
-            os.eventfd_write(self.wake_fd, 1)
-
-    def _from_orchestrator(self) -> None:
+    def accept(self) -> bool:
         try:
-            message = self._orchestrator.recv_control()
-        except (ConnectionError, ProtocolError):
-            message = None
-        match message:
-            case Welcome(table=table) | TableUpdate(table=table):
-                self._take_table(table)
-            case None | Stop() | Refused():
-                self.stopping.set()
-                os.eventfd_write(self.wake_fd, 1)
-            case Message():
-                pass
+            connection = self._listener.accept()
+            attach = connection.recv(self.boot.config.handshake_timeout_s)
+        except (ConnectionError, TimeoutError, ValueError):
+            return False
+        self.gateways.put((connection, attach or b""))
+        return True
+
+    def handle(self, message: Control) -> None:
+        if isinstance(message, (Welcome, TableUpdate)):
+            self._take_table(message.table)
 
     def _take_table(self, table: Table) -> None:
         with self._changed:

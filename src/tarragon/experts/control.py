@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import queue
-import select
 import threading
 from collections.abc import Callable
 
 from tarragon.boot import Boot
+from tarragon.control import WorkerControl
 from tarragon.experts.kernels import ResidentExperts, kernel_isa
-from tarragon.messages import (
-    Assign,
-    Control,
-    ExpertId,
-    Hello,
-    Message,
-    ProtocolError,
-    Ready,
-    Refused,
-    Report,
-    Stop,
-    Welcome,
-)
-from tarragon.transport.link import DataLink, LinkRefused
-from tarragon.transport.local import Connection, Listener, dial
+from tarragon.messages import Assign, Control, ExpertId, Ready, Report, Welcome
+from tarragon.transport.link import DataLink
 
 
-class ControlThread(threading.Thread):
-    """Keeps the control plane off the compute thread.
-
-    ``links`` delivers accepted data links; ``wake_fd`` becomes readable with each.
-    """
+class ControlThread(WorkerControl):
+    """Loads experts in a thread beside it and accepts data links, which ``links`` delivers."""
 
     def __init__(
         self,
@@ -40,69 +23,23 @@ class ControlThread(threading.Thread):
         fingerprint: str,
         counters: Callable[[], tuple[dict[str, float], list[list[int]]]],
     ) -> None:
-        super().__init__(name="control", daemon=True)
-        self.boot, self.experts = boot, experts
+        super().__init__(boot, frame_bytes_max=boot.config.control_frame_bytes_max)
+        self.experts = experts
         self.links: queue.SimpleQueue[DataLink] = queue.SimpleQueue()
-        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.stopping = threading.Event()
         self._counters = counters
         self._fingerprint = f"{fingerprint}, experts {kernel_isa()}"
         self._resident: dict[ExpertId, int] = {}
         self._assignments: queue.SimpleQueue[tuple[int, list[ExpertId]]] = queue.SimpleQueue()
-        config = boot.config
-        self._listener = Listener(
-            boot.address,
-            boot.secret,
-            frame_bytes_max=config.control_frame_bytes_max,
-            handshake_timeout_s=config.handshake_timeout_s,
-        )
-        self._orchestrator = dial(
-            boot.orchestrator_address,
-            boot.secret,
-            timeout_s=config.connect_timeout_s,
-            frame_bytes_max=config.control_frame_bytes_max,
-        )
-        self._send_lock = threading.Lock()
 
     def run(self) -> None:
-        boot = self.boot
-        self._send(
-            Hello(
-                worker_id=boot.worker_id,
-                role=boot.role,
-                epoch=boot.epoch,
-                pid=os.getpid(),
-                address=boot.address,
-            )
-        )
-        threading.Thread(target=self._accept_forever, name="acceptor", daemon=True).start()
         threading.Thread(target=self._load_forever, name="loader", daemon=True).start()
-        poll = select.poll()
-        poll.register(self._orchestrator.fileno(), select.POLLIN)
-        while not self.stopping.is_set():
-            if poll.poll(self.boot.config.report_interval_ms):
-                self._from_orchestrator()
-            self._report()
+        super().run()
 
-    def _send(self, message: Control) -> None:
-        with self._send_lock:
-            try:
-                self._orchestrator.send_control(message)
-            except (ConnectionError, TimeoutError):
-                return  # its absence is not this worker's failure
-
-    def _from_orchestrator(self) -> None:
-        try:
-            message = self._orchestrator.recv_control()
-        except (ConnectionError, ProtocolError):
-            message = None
+    def handle(self, message: Control) -> None:
         match message:
             case Welcome(assigned=wanted, order=order) | Assign(experts=wanted, order=order):
                 self._assignments.put((order, wanted))
-            case None | Stop() | Refused():
-                self.stopping.set()
-                os.eventfd_write(self.wake_fd, 1)
-            case Message():
+            case _:
                 pass
 
     def _load_forever(self) -> None:
@@ -116,7 +53,7 @@ class ControlThread(threading.Thread):
                 # The orchestrator names it no longer once no attention worker's table lists it here.
                 self.experts.unload(expert)
                 del self._resident[expert]
-            self._send(
+            self.send(
                 Ready(
                     worker_id=self.boot.worker_id,
                     epoch=self.boot.epoch,
@@ -128,34 +65,24 @@ class ControlThread(threading.Thread):
                 )
             )
 
-    def _accept_forever(self) -> None:
-        while not self.stopping.is_set():
-            link = self._accept()
-            if link is not None:
-                self.links.put(link)
-                os.eventfd_write(self.wake_fd, 1)
-
-    def _accept(self) -> DataLink | None:
-        """Accept one data link; None when the dialler was refused (the transport counts it)."""
+    def accept(self) -> bool:
         model = self.experts.model
-        connection: Connection | None = None
         try:
-            connection = self._listener.accept()
-            return DataLink.accept(
-                connection,
+            link = DataLink.accept(
+                self._listener.accept(),
                 epoch=self.boot.epoch,
                 hidden=model.hidden,
                 dtype=model.dtype,
                 timeout_s=self.boot.config.handshake_timeout_s,
             )
-        except (ConnectionError, TimeoutError, LinkRefused, ValueError):
-            if connection is not None:
-                connection.close()
-            return None
+        except (ConnectionError, TimeoutError, ValueError):
+            return False  # whoever raised has closed the connection
+        self.links.put(link)
+        return True
 
-    def _report(self) -> None:
+    def report(self) -> None:
         counters, pairs = self._counters()
-        self._send(
+        self.send(
             Report(
                 worker_id=self.boot.worker_id,
                 epoch=self.boot.epoch,

@@ -113,7 +113,6 @@ class Refe:
         self._pair_slot = torch.empty(pairs_max, dtype=torch.int32)
         self._pair_row = torch.empty(pairs_max, dtype=torch.int32)
         self._exchange = Exchange()
-        self._layer = 0
         self._step = 0
         self._flags = DataFlag.NONE
         self._in_step = False
@@ -139,7 +138,6 @@ class Refe:
         if tokens * self.top_k > self.config.decode_pairs_max:
             self._flags |= DataFlag.PREFILL
         self._continues = continues
-        self._layer = 0
         self._in_step = True
         self._announce(DataKind.STEP_BEGIN)
 
@@ -181,7 +179,6 @@ class Refe:
         """
         start = time.perf_counter()
         self.take_posts()
-        self._layer = layer_id
         pairs = expert_ids.numel()
         pair_slot, pair_row = self._pair_slot[:pairs], self._pair_row[:pairs]
         counts = self._dispatch(layer_id, expert_ids, token_embeddings, pair_slot, pair_row)
