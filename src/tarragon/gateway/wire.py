@@ -78,11 +78,26 @@ class Facts(msgspec.Struct, frozen=True):
     kv_cache_max_concurrency: float | None = None
 
 
+class Origin(msgspec.Struct, frozen=True):
+    """An earlier attempt at a request, whose committed state its worker's bucket may hold."""
+
+    worker_id: str
+    epoch: _UNSIGNED
+    attempt: _UNSIGNED
+
+
 class Add(msgspec.Struct, frozen=True):
-    """Gateway -> worker: run this request; every output of it repeats ``attempt``."""
+    """Gateway -> worker: run this request; every output of it repeats ``attempt``.
+
+    A request that was lost elsewhere goes on behind the tokens that were ``sent``: they count as its
+    output. ``origins``, newest first, say where its rows may be restored from; without any that is
+    usable, the worker computes them again.
+    """
 
     attempt: _UNSIGNED
     request: EngineCoreRequest
+    sent: list[_UNSIGNED] = []
+    origins: list[Origin] = []
 
 
 class Abort(msgspec.Struct, frozen=True):
