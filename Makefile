@@ -1,10 +1,10 @@
-# make setup | demo | test | lint: each works from a fresh clone.
+# make setup | demo | test | lint | campaign: each works from a fresh clone.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test campaign lint format clean
 
 # The native kernels know by themselves whether they fit this CPU and are up to date.
 setup: $(STAMP)
@@ -22,6 +22,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What `make test` runs a small part of, at full size; the results stay in build/campaign.
+KINDS := mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v2 deepseek_v3
+campaign: setup
+	mkdir -p build/campaign
+	$(BIN)/tarragon bench sametext --json build/campaign/sametext.json
+	for kind in $(KINDS); do \
+	    $(BIN)/tarragon bench sametext --kind $$kind --json build/campaign/sametext-$$kind.json || exit 1; \
+	done
+	$(BIN)/tarragon bench fidelity --json build/campaign/fidelity.json --plot build/campaign/fidelity.png
+	$(BIN)/tarragon simulate --seeds 1000 --json build/campaign/simulate.json
 
 lint: setup
 	$(BIN)/ruff check src tests

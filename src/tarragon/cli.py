@@ -23,7 +23,6 @@ from tarragon.config import Config
 from tarragon.options import with_settings
 
 USAGE_EXIT_CODE: Final = 2
-_TOP_POLL_S: Final = 1.0
 _DEMO: Final = "demo"
 
 app = typer.Typer(
@@ -181,18 +180,14 @@ def status(
 
 @app.command()
 def top(admin_host: _AdminHost = None, admin_port: _AdminPort = None) -> None:
-    """Show the workers of a running cluster, again every second, until Ctrl-C."""
-    from rich.console import Group
-    from rich.live import Live
-
-    from tarragon.display import summary, workers_table
-
+    """Watch a running cluster in the terminal: workers, experts, failures; keys kill, drain, add."""
     admin = _admin(admin_host, admin_port)
-    with Live() as live:
-        while True:
-            found = admin.status()
-            live.update(Group(summary(found), workers_table(found)))
-            time.sleep(_TOP_POLL_S)
+    admin.status()  # where nothing runs, one sentence is better than an empty screen
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise typer.BadParameter("top needs a terminal; `tarragon status` does not")
+    from tarragon.observability.top import Top
+
+    Top(admin).run()
 
 
 @app.command()
@@ -265,7 +260,7 @@ def demo_model(
 
 @app.command()
 def demo() -> None:
-    """Serve the demo model from 2 + 2 workers, chat with it, and show who did what."""
+    """The five-minute proof: two workers are killed in mid-sentence, and the text stays the same."""
     from tarragon.demo import main as run_demo
 
     raise typer.Exit(run_demo([]))

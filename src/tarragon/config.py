@@ -20,10 +20,14 @@ REGION_HIDDEN_MAX: Final = 65_536
 """Widest row in a shared region, in elements."""
 REGION_PAIRS_MAX: Final = 1 << 22
 """Most (token, expert) rows in a shared region."""
+BUCKET_BYTES_MAX: Final = 1 << 40
+"""Largest checkpoint bucket of one worker."""
 HANDSHAKES_PENDING_MAX: Final = 64
 """Connections of one listener that have not yet proved that they know the secret."""
 LINK_OFFER_TIMEOUT_S: Final = 10.0
 """Longest wait for the other side's word when a data link is set up."""
+GRAMMAR_POLL_MS: Final = 2
+"""How often an idle attention worker looks whether the grammar of a moved request is compiled."""
 SEND_TIMEOUT_S: Final = 5.0
 """A peer that does not take one frame within this time counts as gone: it is stopped or hangs."""
 
@@ -50,6 +54,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Inactive copies wanted for every expert, each on another worker than its primary (5.3)."""
     kv_cache_bytes: int = 1 << 30
     """Paged KV cache of each attention worker."""
+    checkpoint_bytes_max: int = 0
+    """Budget of the checkpoint store, in bytes reserved for buckets (section 6); 0 means no bound. A bucket is
+    about as large as the KV cache of its worker, and takes memory only where it was written."""
+    bucket_linger_s: float = 30.0
+    """How long the checkpoints of a dead attention worker are kept for those who restore its requests."""
 
     # --- expert batching (5.2)
     batch_join_wait_us_max: int = 20_000
@@ -67,10 +76,29 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A frame of more pairs than this counts as prefill: no decode batch waits for it."""
 
     # --- failure detection (section 5, appendix E)
-    probe_interval_ms: float = 10.0
-    probe_misses_max: int = 3
-    expert_batch_ms_max: float = 2_000.0
-    """A batch that makes no progress for this long means that its worker hangs."""
+    probe_silence_ms: float = 50.0
+    """A peer that owes an answer and sends nothing for this long is probed; what it sends is its heartbeat."""
+    probe_interval_ms: float = 20.0
+    """Between probes, and how long an answer to one may take before it counts as missed."""
+    probe_misses_max: int = 4
+    """So many probes in a row without an answer are fail-stop. A worker that hangs is found after
+    probe_silence_ms + probe_misses_max * probe_interval_ms of silence."""
+    expert_batch_ms_max: float = 10_000.0
+    """An expert worker that answers probes, owes rows and makes no progress for this long is wedged. One batch
+    is its unit of progress: keep this above the time of batch_pairs_max pairs."""
+    expert_answer_timeout_s: float = 120.0
+    """Last resort: rows that a live expert worker has not answered for so long are taken elsewhere."""
+    attention_step_ms_max: float = 10_000.0
+    """An attention worker that answers probes, owes tokens and makes no progress for this long is wedged."""
+    probe_open_timeout_s: float = 1.0
+    """Longest wait for a worker to accept a connection for probes; after that it is dialled again."""
+    link_retry_ms: float = 1_000.0
+    """An attention worker that lost its link to a live expert worker dials it again after this long."""
+    worker_probe_interval_ms: float = 1_000.0
+    """How often the orchestrator probes every worker, busy or not."""
+    worker_probe_timeout_ms: float = 1_000.0
+    """A worker that nobody suspects is dead after this long without an answer to the orchestrator's probes;
+    a suspect is as soon as its peers would say so."""
 
     # --- control plane
     handshake_timeout_s: float = 10.0
@@ -111,6 +139,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Messages that wait for one worker to take them; one that lets more pile up counts as cut off."""
     events_max: int = 1_024
     """Events that /events remembers."""
+    history_interval_ms: float = 1_000.0
+    """How often /history takes a sample."""
+    history_samples_max: int = 900
+    """Samples that /history remembers: a quarter of an hour at the default interval."""
     admin_body_bytes_max: int = 16 << 10
     """Largest body of one request to the status API."""
     admin_request_timeout_s: float = 10.0
@@ -122,6 +154,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     orchestrator_restarts_max: int = 5
     """Restarts of the orchestrator within orchestrator_restart_window_s before `serve` gives up."""
     orchestrator_restart_window_s: float = 60.0
+    orchestrator_silence_s: float = 5.0
+    """An orchestrator that sends the node agent no sign of life for this long hangs, and is replaced."""
     replacement_nice: int = 0
     """Niceness (0..19) of a replacement worker until it is ready; ignored where it could not be undone."""
     worker_overhead_bytes: int = 512 << 20
@@ -134,6 +168,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     engine_frame_bytes_max: int = 64 << 20
     request_queue_max: int = 1_024
     """Requests that the gateway holds while no attention worker is ready."""
+    texts_per_request_max: int = 128
+    """Largest ``n`` of one request."""
     requests_live_max: int = 4_096
     """Requests in progress at the gateway, each of ``n`` texts counted; more get a 503."""
     http_body_bytes_max: int = 16 << 20
@@ -160,9 +196,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "attention_workers",
             "expert_workers",
             "probe_misses_max",
+            "probe_interval_ms",
+            "worker_probe_interval_ms",
             "batch_pairs_max",
             "control_queue_max",
             "events_max",
+            "history_interval_ms",
+            "history_samples_max",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")

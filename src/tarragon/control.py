@@ -2,41 +2,60 @@
 
 It keeps the control plane off the thread that computes (4.1): what it learns goes
 into mailboxes, and ``wake_fd`` becomes readable with each entry.
+
+The orchestrator's absence is not the worker's failure: it serves on with what it knows, and this thread
+dials until the orchestrator is back. A worker ends when it is told to, when it is refused because it was
+replaced, and with its node agent.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import threading
+import time
 from abc import abstractmethod
+from typing import Final
 
 from tarragon.boot import Boot
-from tarragon.messages import Control, Hello, ProtocolError, Refused, Stop
-from tarragon.transport.local import Listener, dial
+from tarragon.config import SEND_TIMEOUT_S
+from tarragon.messages import Control, ExpertId, Hello, ProtocolError, Ready, Refused, Stop
+from tarragon.transport.local import Connection, Listener, dial
+from tarragon.transport.probe import ProbeResponder, probe_open
+
+_REDIAL_PAUSE_S: Final = 0.02
+_EXHAUSTED_PAUSE_S: Final = 0.05
 
 
 class WorkerControl(threading.Thread):
-    """Says Hello, obeys the orchestrator, reports counters, and accepts connections in a thread beside it."""
+    """Says Hello, obeys the orchestrator, reports counters, and accepts connections in a thread beside it.
 
-    def __init__(self, boot: Boot, *, frame_bytes_max: int) -> None:
+    ``responder`` answers probes; the computing thread adds to its ``progress``.
+    """
+
+    def __init__(
+        self,
+        boot: Boot,
+        *,
+        frame_bytes_max: int,
+        address: str | None = None,
+        send_timeout_s: float = SEND_TIMEOUT_S,
+    ) -> None:
+        """Listen at ``address``, by default the incarnation's own. Raises OSError if that is taken."""
         super().__init__(name="control", daemon=True)
         self.boot = boot
-        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.stopping = threading.Event()
-        config = boot.config
+        self.address = address or boot.address
         self._listener = Listener(
-            boot.address,
+            self.address,
             boot.secret,
             frame_bytes_max=frame_bytes_max,
-            handshake_timeout_s=config.handshake_timeout_s,
+            handshake_timeout_s=boot.config.handshake_timeout_s,
+            send_timeout_s=send_timeout_s,
         )
-        self._orchestrator = dial(
-            boot.orchestrator_address,
-            boot.secret,
-            timeout_s=config.connect_timeout_s,
-            frame_bytes_max=config.control_frame_bytes_max,
-        )
+        self.responder = ProbeResponder(boot.epoch)
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.stopping = threading.Event()
+        self._orchestrator: Connection | None = None
+        self._ready: Ready | None = None
         self._send_lock = threading.Lock()
 
     @abstractmethod
@@ -48,52 +67,120 @@ class WorkerControl(threading.Thread):
         """Send this worker's counters."""
 
     @abstractmethod
-    def accept(self) -> bool:
-        """Wait for one connection and put it into a mailbox; False if it was refused (and counted)."""
+    def admit(self, connection: Connection, first: bytes, descriptors: list[int]) -> bool:
+        """Put a connection into a mailbox, with its first frame and what came with it; False if refused.
+
+        The callee owns the connection and the descriptors.
+        """
+
+    def resident(self) -> list[ExpertId]:
+        """What an expert worker holds, for another orchestrator than the one that had it loaded."""
+        return []
 
     def send(self, message: Control) -> None:
-        """Send to the orchestrator; its absence is not this worker's failure."""
+        """Send to the orchestrator; what it misses while away it learns from Hello, Ready and reports."""
         with self._send_lock:
-            try:
-                self._orchestrator.send_control(message)
-            except (ConnectionError, TimeoutError):
-                return
+            if isinstance(message, Ready):
+                self._ready = message
+            self._send(message)
 
     def wake(self) -> None:
         """Make the computing thread look into its mailboxes."""
         os.eventfd_write(self.wake_fd, 1)
 
     def run(self) -> None:
-        boot = self.boot
-        self.send(
-            Hello(
-                worker_id=boot.worker_id,
-                role=boot.role,
-                epoch=boot.epoch,
-                pid=os.getpid(),
-                address=boot.address,
-            )
-        )
         threading.Thread(target=self._accept_forever, name="acceptor", daemon=True).start()
-        poll = select.poll()
-        poll.register(self._orchestrator.fileno(), select.POLLIN)
         while not self.stopping.is_set():
-            if poll.poll(boot.config.report_interval_ms):
-                self._from_orchestrator()
-            self.report()
+            try:
+                self._talk(self._dial())
+            except (OSError, ProtocolError):  # it restarts, or is not up yet
+                self.stopping.wait(_REDIAL_PAUSE_S)
 
-    def _accept_forever(self) -> None:
-        while not self.stopping.is_set():
-            if self.accept():
-                self.wake()
+    # ------------------------------------------------------------------ the orchestrator
 
-    def _from_orchestrator(self) -> None:
+    def _dial(self) -> Connection:
+        config = self.boot.config
+        return dial(
+            self.boot.orchestrator_address,
+            self.boot.secret,
+            timeout_s=config.connect_timeout_s,
+            frame_bytes_max=config.control_frame_bytes_max,
+        )
+
+    def _talk(self, connection: Connection) -> None:
+        """One connection, from Hello to its end."""
+        boot, resident = self.boot, self.resident()
+        with self._send_lock:
+            self._orchestrator = connection
+            self._send(
+                Hello(
+                    worker_id=boot.worker_id,
+                    role=boot.role,
+                    epoch=boot.epoch,
+                    pid=os.getpid(),
+                    address=self.address,
+                    resident=resident,
+                    was_ready=self._ready is not None,
+                )
+            )
+            # An expert worker's Ready answers an order: the new orchestrator's first one is in its Welcome.
+            if self._ready is not None and boot.role != "expert":
+                self._send(self._ready)
+        interval_s = boot.config.report_interval_ms / 1e3
+        report_s = time.monotonic()
         try:
-            message = self._orchestrator.recv_control()
-        except (ConnectionError, ProtocolError):
-            message = None
-        if message is None or isinstance(message, (Stop, Refused)):
+            while not self.stopping.is_set():
+                if (now_s := time.monotonic()) >= report_s:
+                    report_s = now_s + interval_s
+                    self.report()
+                try:
+                    message = connection.recv_control(report_s - now_s)
+                except TimeoutError:
+                    continue
+                if message is None:
+                    return
+                self._obey(message)
+        finally:
+            with self._send_lock:
+                self._orchestrator = None
+                connection.close()
+
+    def _send(self, message: Control) -> None:
+        if self._orchestrator is not None:
+            try:
+                self._orchestrator.send_control(message)
+            except (ConnectionError, TimeoutError):
+                self._orchestrator = None  # the thread that receives meets the end of the connection too
+
+    def _obey(self, message: Control) -> None:
+        if isinstance(message, (Stop, Refused)):
             self.stopping.set()
             self.wake()
         else:
             self.handle(message)
+
+    # ------------------------------------------------------------------ connections of peers
+
+    def _accept_forever(self) -> None:
+        while not self.stopping.is_set():
+            try:
+                if self._accept():
+                    self.wake()
+            except (ConnectionError, TimeoutError, ProtocolError):
+                continue  # refused, and counted
+            except OSError:
+                time.sleep(_EXHAUSTED_PAUSE_S)  # no descriptor is left, for now
+
+    def _accept(self) -> bool:
+        """Wait for one connection and its first frame; True if it went into a mailbox."""
+        connection = self._listener.accept()
+        try:
+            first, descriptors = connection.recv_with_fds(self.boot.config.handshake_timeout_s)
+        except BaseException:
+            connection.close()
+            raise
+        opened = None if descriptors else probe_open(first)
+        if opened is not None:
+            self.responder.adopt(connection, opened)
+            return False
+        return self.admit(connection, first, descriptors)

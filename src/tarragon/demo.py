@@ -1,41 +1,46 @@
-"""`tarragon demo`: the demo model on 2 + 2 workers, two answers as they are written, and who did what."""
+"""`tarragon demo`: the five-minute proof. Two workers die in the midst of an answer; who can tell?"""
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.text import Text
 
 from tarragon.admin import AdminError
 from tarragon.cluster import Cluster, ClusterError
-from tarragon.display import Bars, number, state_text, summary
-from tarragon.models.shape import DTYPE_BYTES, MoeModel, read_model
+from tarragon.display import Bars, summary
+from tarragon.observability.proof import Answer, Kill, report
 
-_QUESTIONS: Final = (
-    "What is tarragon, and what is it good with? Answer in two sentences.",
-    "Tell me in three sentences why a team can do more than one person.",
-)
+QUESTION: Final = "Explain how a spice garden works, from the seed to the kitchen. Be thorough."
+EXPERT_DIES_AFTER: Final = 40
+"""Pieces of the answer (mostly one token each)."""
+ATTENTION_DIES_AFTER: Final = 110
+TOKENS_MAX: Final = 200
 _KV_CACHE_BYTES: Final = 256 << 20
 _CONTEXT_TOKENS_MAX: Final = 2_048
-_TOKENS_MAX: Final = 96
 _ANSWER_TIMEOUT_S: Final = 120.0
-_REPORT_WAIT_S: Final = 2.0
-"""Until the workers have reported what they did (twice their default interval)."""
+_OWNER_TIMEOUT_S: Final = 10.0
+"""Until the workers' reports say which attention worker writes the answer (they report once a second)."""
+_RECOVERY_TIMEOUT_S: Final = 120.0
+_POLL_S: Final = 0.02
+
+
+class DemoError(RuntimeError):
+    """The demo could not show what it is for; the text is one sentence."""
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the demo; return the exit code. Raises DemoModelError if the model cannot be made."""
-    notes = Console(stderr=True)
+    """Run the demo; 0 if both answers are equal. Raises DemoModelError if the model cannot be made."""
+    notes = Console(stderr=True, highlight=False)
     folder = make_model(notes)
     cluster = Cluster(
         folder,
@@ -45,22 +50,18 @@ def main(args: Sequence[str]) -> int:
         engine_args=(f"--max-model-len={_CONTEXT_TOKENS_MAX}",),
         kv_cache_bytes=_KV_CACHE_BYTES,
     )
+    code = 1
     try:
-        with notes.status("starting 2 attention and 2 expert workers"):
-            cluster.start()
-        notes.print(cluster.ready_line, highlight=False)
-        show_answers(cluster.url, _QUESTIONS)
-        time.sleep(_REPORT_WAIT_S)
-        status = cluster.status()
-        console = Console()
-        console.print(work_table(status, read_model(folder)))
-        console.print(summary(status), highlight=False)
-    except (ClusterError, AdminError, httpx.HTTPError) as error:
+        code = _prove(cluster, notes)
+    except (ClusterError, AdminError, DemoError, httpx.HTTPError) as error:
         print(f"tarragon: {error}", file=sys.stderr)
-        return 1
     finally:
-        cluster.stop()
-    return 0
+        try:
+            cluster.stop()
+        except ClusterError as left:
+            print(f"tarragon: {left}", file=sys.stderr)
+            code = 1
+    return code
 
 
 def make_model(notes: Console) -> Path:
@@ -71,50 +72,128 @@ def make_model(notes: Console) -> Path:
         return Path(ensure_demo_model(progress=Bars(progress)))
 
 
-def work_table(status: Mapping[str, Any], model: MoeModel) -> Table:
-    """Who did what: per worker the tokens, the (token, expert) pairs, the bytes of their rows."""
-    table = Table(title="Who did what", box=SIMPLE)
-    for title in ("worker", "state"):
-        table.add_column(title, no_wrap=True)
-    for title in ("tokens", "pairs", "bytes moved", "experts held"):
-        table.add_column(title, justify="right", no_wrap=True)
-    # Every token passes every MoE layer, and there the experts that its gate selects.
-    pairs_per_token = len(model.moe_layers) * model.top_k
-    row_bytes = model.hidden * DTYPE_BYTES[model.dtype]
-    for worker in status["workers"]:
-        pairs = worker.get("counters", {}).get("pairs")
-        is_attention = worker["role"] == "attention" and pairs is not None
-        table.add_row(
-            worker["id"],
-            state_text(worker),
-            number(pairs / pairs_per_token if is_attention else None),
-            number(pairs),
-            number(None if pairs is None else 2 * pairs * row_bytes),
-            number(worker.get("experts_resident")),
-        )
-    return table
+def _prove(cluster: Cluster, notes: Console) -> int:
+    console = Console(highlight=False)
+    began_s = time.monotonic()
+    with notes.status("starting a gateway, 2 attention workers, 2 expert workers, a store"):
+        cluster.start()
+    restart_s = time.monotonic() - began_s
+    notes.print(cluster.ready_line)
+    notes.print(summary(cluster.wait_for("full_capacity", _RECOVERY_TIMEOUT_S)))
+
+    console.print(f"\n> {QUESTION}\n", style="bold")
+    murderer = Murderer(cluster, console)
+    disturbed = ask(cluster.url, murderer.piece)
+    murderer.finish()
+    console.print("\n")
+    with notes.status("waiting until the cluster is whole again, then the same question without a death"):
+        cluster.wait_for("full_capacity", _RECOVERY_TIMEOUT_S)
+        back_s = [_back_after_s(cluster, kill, murderer.epochs[kill.worker_id]) for kill in murderer.kills]
+        undisturbed = ask(cluster.url, lambda _piece: None)
+    console.print(report(disturbed, undisturbed, murderer.kills, back_s, restart_s))
+    console.print(
+        f"Restarting instead, as others do: {restart_s:.0f} s, which is what this cluster's own start took "
+        "just now; every stream would have ended, and every token been computed again.\n"
+    )
+    return 0 if disturbed.same_as(undisturbed) else 1
 
 
-def show_answers(url: str, questions: Sequence[str]) -> None:
-    """Ask all questions at once; print the answers in order, the first as it is written.
+class Murderer:
+    """Counts the pieces of an answer as they come, and kills when it is time: in a thread, so that no piece
+    waits for it."""
 
-    Raises httpx.HTTPError.
+    def __init__(self, cluster: Cluster, console: Console) -> None:
+        self.kills: list[Kill] = []
+        self.epochs = {worker["id"]: int(worker["epoch"]) for worker in cluster.status()["workers"]}
+        """Of the incarnations before the first kill."""
+        self._cluster = cluster
+        self._console = console
+        self._pieces = 0
+        self._over = False
+        self._fault: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="kills", daemon=True)
+        self._thread.start()
+
+    def piece(self, piece: str) -> None:
+        """Show one more piece of the answer."""
+        self._pieces += 1
+        self._console.print(Text(piece), end="", soft_wrap=True)
+
+    def finish(self) -> None:
+        """The answer is over. Raises DemoError if anybody who should have died in it did not."""
+        self._over = True
+        self._thread.join(_ANSWER_TIMEOUT_S)
+        if self._fault is not None:
+            raise DemoError(f"the demo could not kill a worker: {self._fault}") from self._fault
+        if len(self.kills) < 2:
+            raise DemoError(
+                f"the answer was over after {self._pieces} pieces, before both workers were killed"
+            )
+
+    def _run(self) -> None:
+        try:
+            self._kill_after(EXPERT_DIES_AFTER, lambda: "ew-0")
+            self._kill_after(ATTENTION_DIES_AFTER, self._writer)
+        except (AdminError, DemoError) as error:
+            self._fault = error
+
+    def _kill_after(self, pieces: int, choose: Callable[[], str]) -> None:
+        while self._pieces < pieces and not self._over:
+            time.sleep(_POLL_S)
+        if self._over:
+            return
+        victim = choose()
+        if not self._over:
+            self.kills.append(Kill(victim, time.monotonic(), self._pieces))
+            self._cluster.kill(victim)
+            self._console.print(Text(f" [✕ {victim} killed] ", style="bold red"), end="", soft_wrap=True)
+
+    def _writer(self) -> str:
+        """The attention worker that computes the answer: the busiest one. Raises DemoError."""
+        deadline_s = time.monotonic() + _OWNER_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            samples = self._cluster.admin.request("GET", "/history")["samples"]
+            rates: dict[str, float] = samples[-1]["rows_per_s"] if samples else {}
+            busy = {worker_id: rate for worker_id, rate in rates.items() if worker_id.startswith("aw-")}
+            if any(busy.values()):
+                return max(busy, key=lambda worker_id: busy[worker_id])
+            time.sleep(_POLL_S)
+        raise DemoError("no attention worker has reported any work")
+
+
+def _back_after_s(cluster: Cluster, kill: Kill, epoch: int) -> float:
+    """From a worker's death to the readiness of its replacement, by the orchestrator's own clock.
+
+    Raises DemoError if the worker did not die: a fault that did not happen proves nothing.
     """
-    with ThreadPoolExecutor(len(questions)) as pool:
-        others = [pool.submit(lambda q: list(stream_answer(url, q)), question) for question in questions[1:]]
-        for question in questions:
-            pieces = stream_answer(url, question) if question == questions[0] else others.pop(0).result()
-            print(f"\n> {question}", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print(flush=True)
+    events: list[dict[str, Any]] = cluster.admin.request("GET", "/events")["events"]
+    mine = [event for event in events if event["worker_id"] == kill.worker_id]
+    died = [event["time_s"] for event in mine if event["kind"] == "dead" and event["epoch"] == epoch]
+    if not died:
+        raise DemoError(f"{kill.worker_id} was to be killed, but did not die")
+    back = [event["time_s"] for event in mine if event["kind"] == "healthy" and event["time_s"] > died[0]]
+    return float(back[0] - died[0]) if back else float("nan")
 
 
-def stream_answer(url: str, question: str) -> Iterator[str]:
-    """Yield the text of a streamed chat completion; raises httpx.HTTPError."""
+def ask(url: str, show: Callable[[str], None]) -> Answer:
+    """Stream the answer to QUESTION; ``show`` gets every piece. Raises httpx.HTTPError.
+
+    A stream that breaks off, or ends with an error, is an answer without finish_reason.
+    """
+    answer = Answer()
+    for choice in _choices(url):
+        piece = choice.get("delta", {}).get("content") or ""
+        answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+        if piece:
+            answer.take(piece, time.monotonic())
+            show(piece)
+    return answer
+
+
+def _choices(url: str) -> Iterator[dict[str, Any]]:
     body = {
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": _TOKENS_MAX,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": TOKENS_MAX,
         "temperature": 0.0,
         "stream": True,
     }
@@ -126,5 +205,8 @@ def stream_answer(url: str, question: str) -> Iterator[str]:
         for line in response.iter_lines():
             data = line.removeprefix("data: ")
             if data != line and data != "[DONE]":
-                for choice in json.loads(data).get("choices", []):
-                    yield choice.get("delta", {}).get("content") or ""
+                message = json.loads(data)
+                if "error" in message:
+                    print(f"\ntarragon: the stream ended with: {message['error']}", file=sys.stderr)
+                    return
+                yield from message.get("choices", [])

@@ -146,6 +146,8 @@ class Hello(Message, frozen=True):
     address: str
     resident: list[ExpertId] = []
     """What an expert worker holds already: it dials a second time, because the orchestrator was restarted."""
+    was_ready: bool = False
+    """It dials a second time and serves: a former orchestrator has named it to its peers."""
 
 
 class Ready(Message, frozen=True):
@@ -175,6 +177,8 @@ class Suspicion(Message, frozen=True):
     suspect_id: str
     suspect_epoch: int
     cause: str
+    withdrawn: bool = False
+    """The two are connected again."""
 
 
 class Report(Message, frozen=True):
@@ -185,6 +189,21 @@ class Report(Message, frozen=True):
     counters: dict[str, float]
     expert_pairs: list[list[int]] = []
     """Expert workers: pairs computed per [layer][expert]."""
+
+
+# whoever watches -> attention or expert worker: the first frame of a connection of its own (4.1, appendix E)
+class ProbeOpen(Message, frozen=True):
+    """This connection carries nothing but the fixed-size frames of transport/probe.py from now on."""
+
+    sender_id: str
+    sender_epoch: int
+    receiver_epoch: int
+
+
+class ProbeAccepted(Message, frozen=True):
+    """Probes are answered from now on."""
+
+    epoch: int
 
 
 # orchestrator -> worker
@@ -242,6 +261,10 @@ class SignalWorker(Message, frozen=True):
     signal: int
 
 
+class Alive(Message, frozen=True):
+    """The orchestrator's sign of life; the node agent replaces one that stops giving it."""
+
+
 class WorkerStarted(Message, frozen=True):
     worker_id: str
     epoch: int
@@ -264,6 +287,8 @@ Control = (
     | TableAck
     | Suspicion
     | Report
+    | ProbeOpen
+    | ProbeAccepted
     | Welcome
     | TableUpdate
     | Peers
@@ -273,6 +298,7 @@ Control = (
     | Refused
     | StartWorker
     | SignalWorker
+    | Alive
     | WorkerStarted
     | WorkerExited
 )

@@ -14,11 +14,14 @@ import sys
 import threading
 import time
 
-from tarragon.boot import Boot
+from tarragon.boot import Boot, socket_address
+from tarragon.checkpoint import messages
 from tarragon.transport.local import Connection, Listener, dial
 
 RELAY_SECRET = b"r" * 32
 FRAME_BYTES_MAX = 1 << 20
+_links: list[Connection] = []
+"""Connections that stay open for the life of the process."""
 
 
 def relay_address() -> str:
@@ -28,7 +31,27 @@ def relay_address() -> str:
 def main(boot: Boot) -> None:
     if boot.role == "orchestrator":
         orchestrate(boot)
+    if boot.role == "store":
+        keep(boot)
     act(boot)
+
+
+def keep(boot: Boot) -> None:
+    """Take buckets back from the agent, say what is in them, deposit one more."""
+    agent = dial(
+        socket_address(boot.cluster, "agent"), boot.secret, timeout_s=10, frame_bytes_max=FRAME_BYTES_MAX
+    )
+    messages.send(agent, messages.Deposit(worker_id=boot.worker_id, epoch=boot.epoch))
+    found = []
+    while isinstance(bucket := messages.receive(agent, 10), messages.Bucket):
+        found.append(os.pread(messages.take_bucket(agent, bucket, 10), 100, 0).rstrip(b"\0").decode())
+    assert isinstance(bucket, messages.Returned)
+    print(f"incarnation {bucket.starts} got back {found}", flush=True)
+    new = messages.Bucket(worker_id="aw-1", epoch=bucket.starts, total_bytes=1 << 16)
+    fd = messages.make_bucket("aw-1", new.total_bytes)
+    messages.hand_over(agent, new, fd)
+    os.pwrite(fd, f"bucket {bucket.starts}".encode(), 0)
+    _links.append(agent)
 
 
 def orchestrate(boot: Boot) -> None:

@@ -20,7 +20,16 @@ from fake_workers import FRAME_BYTES_MAX, RELAY_SECRET
 
 from tarragon.agent.preload import PRELOAD_MODULES
 from tarragon.agent.process import children_of
-from tarragon.messages import Control, Hello, SignalWorker, StartWorker, Stop, WorkerExited, WorkerStarted
+from tarragon.messages import (
+    Alive,
+    Control,
+    Hello,
+    SignalWorker,
+    StartWorker,
+    Stop,
+    WorkerExited,
+    WorkerStarted,
+)
 from tarragon.transport.local import Connection, Listener
 
 pytestmark = pytest.mark.cluster
@@ -34,7 +43,7 @@ environment.prepare()
 from tarragon.agent.agent import NodeAgent
 from tarragon.config import Config
 import msgspec
-roles = ("orchestrator", "attention", "expert", "gateway")
+roles = ("orchestrator", "attention", "expert", "gateway", "store")
 config = msgspec.json.decode(sys.argv[1], type=Config)
 console = importlib.import_module("console_of_test").main if sys.argv[3] == "console" else None
 def check():
@@ -347,6 +356,79 @@ def test_a_dead_orchestrator_is_started_again_and_hears_of_the_living(agent: Age
     exited = agent.receive()
     assert isinstance(exited, WorkerExited)
     assert exited.worker_id == "ew-2"
+
+
+def test_an_orchestrator_that_stops_giving_signs_of_life_is_replaced(
+    make_agent: Callable[..., Agent],
+) -> None:
+    agent = make_agent(settings={"orchestrator_silence_s": 1.0})
+    agent.accept()
+    pid = agent.start("aw-1", GENERATION_1 + 1)
+    time.sleep(1.5)  # one that never gave any is not watched
+    agent.send(Alive())
+    time.sleep(0.6)
+    agent.send(Alive())
+    silent_s = time.monotonic()
+    os.kill(by_title(agent, "orchestrator"), signal.SIGSTOP)
+    hello = agent.accept()
+    assert 0.7 < time.monotonic() - silent_s < 3.0
+    assert isinstance(hello, Hello)
+    assert hello.epoch == 2 << 20
+    assert "the orchestrator hangs" in agent.log()
+    started = agent.receive()
+    assert isinstance(started, WorkerStarted)
+    assert started.pid == pid
+    assert lives(pid)
+
+
+def test_an_agent_that_was_paused_accuses_nobody(make_agent: Callable[..., Agent]) -> None:
+    agent = make_agent(settings={"orchestrator_silence_s": 1.0})
+    agent.accept()
+    agent.send(Alive())
+    agent.start("aw-1", GENERATION_1 + 1)
+    os.kill(agent.process.pid, signal.SIGSTOP)
+    time.sleep(2.0)
+    os.kill(agent.process.pid, signal.SIGCONT)
+    time.sleep(0.3)
+    agent.send(Alive())
+    agent.start("aw-2", GENERATION_1 + 2)
+    assert "hangs" not in agent.log()
+
+
+def test_buckets_outlive_the_store_and_no_worker_inherits_them(agent: Agent) -> None:
+    for incarnation in (1, 2, 3):
+        pid = agent.start("store", GENERATION_1 + incarnation, "store")
+        buckets = [f"bucket {number}" for number in range(1, incarnation)]
+        agent.wait_log(f"[store] incarnation {incarnation} got back {buckets}")
+        wait(lambda count=incarnation: len(held(agent.process.pid)) == count, "bucket at the agent")  # type: ignore[misc]
+        os.kill(pid, signal.SIGKILL)
+        assert isinstance(agent.receive(), WorkerExited)
+    worker = agent.start("aw-1", GENERATION_1 + 9)
+    agent.wait_log("[aw-1] ready")
+    assert set(os.listdir(f"/proc/{worker}/fd")) == {"0", "1", "2"}
+
+
+def test_a_stopped_store_makes_way_for_its_successor_at_once(make_agent: Callable[..., Agent]) -> None:
+    agent = make_agent(settings={"shutdown_grace_s": 30.0})
+    agent.accept()
+    old = agent.start("store", GENERATION_1 + 1, "store")
+    agent.wait_log("incarnation 1 got back []")
+    wait(lambda: held(agent.process.pid), "bucket at the agent")
+    os.kill(old, signal.SIGSTOP)
+    agent.start("store", GENERATION_1 + 2, "store")
+    exited = agent.receive()
+    assert isinstance(exited, WorkerExited)
+    assert (exited.pid, exited.status) == (old, "killed by SIGKILL")
+    agent.wait_log("incarnation 2 got back ['bucket 1']")
+
+
+def held(pid: int) -> list[str]:
+    """Buckets of which a process has a descriptor."""
+    names = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            names.append(os.readlink(fd))
+    return [name for name in names if "tarragon-bucket" in name]
 
 
 def test_an_orchestrator_that_ends_again_and_again_is_given_up(make_agent: Callable[..., Agent]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from tests.workload import SMALL_LAYERS
 
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
@@ -29,7 +30,7 @@ main(parser.parse_args())
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(cluster: Cluster) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=120)
 
@@ -149,8 +150,6 @@ def test_vllm_bench_serve_completes(cluster: Cluster, model_name: str, tmp_path:
 
 
 def _demo_folder() -> Path:
-    from tests.cluster.conftest import SMALL_LAYERS
-
     return ensure_demo_model(layers=SMALL_LAYERS)
 
 

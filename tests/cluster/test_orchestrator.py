@@ -54,7 +54,7 @@ def test_a_cluster_comes_up_and_says_what_it_is(model: str) -> None:
         status = await cluster.full()
         assert status["exact"] is True
         assert status["protected"] is False
-        assert "checkpoint store" in status["protected_reason"]
+        assert status["protected_reason"] == "without checkpoints: aw-0, aw-1"
         assert status["experts"] == {
             "total": LAYERS * EXPERTS,
             "with_shadow": LAYERS * EXPERTS,
@@ -62,7 +62,7 @@ def test_a_cluster_comes_up_and_says_what_it_is(model: str) -> None:
             "loading_cold": 0,
         }
         assert [w["id"] for w in status["workers"]] == [
-            "orchestrator", "gateway", "aw-0", "aw-1", "ew-0", "ew-1",
+            "orchestrator", "gateway", "store", "aw-0", "aw-1", "ew-0", "ew-1",
         ]  # fmt: skip
         assert {w["state"] for w in status["workers"]} == {"healthy"}
         assert worker(status, "orchestrator")["pid"] == cluster.process.pid
@@ -194,6 +194,28 @@ def test_peers_and_reports(model: str) -> None:
     run(test, model)
 
 
+def test_protected_means_a_store_and_a_bucket_for_every_attention_worker(model: str) -> None:
+    async def test(cluster: Cluster) -> None:
+        await cluster.full()
+        for worker_id in ("aw-0", "aw-1"):
+            epoch = cluster.fakes[worker_id].boot.epoch
+            report = Report(worker_id=worker_id, epoch=epoch, counters={"bucket": 1.0})
+            await cluster.fakes[worker_id].say(report)
+        status = await cluster.until(lambda s: s["protected"])
+        assert status["protected_reason"] == ""
+        cluster.silent.add("store")
+        cluster.fakes["store"].die()
+        status = await cluster.until(lambda s: not s["protected"])
+        assert "no checkpoint store runs" in status["protected_reason"]
+        assert status["ready"] is True
+        again = next(o for o in reversed(cluster.orders) if isinstance(o, StartWorker))
+        assert again.worker_id == "store"
+        await cluster.start(again)
+        await cluster.until(lambda s: s["protected"])
+
+    run(test, model)
+
+
 def test_unequal_workers_are_not_called_exact(model: str) -> None:
     async def test(cluster: Cluster) -> None:
         await cluster.full()
@@ -301,7 +323,7 @@ def test_a_restarted_orchestrator_takes_over_the_workers(model: str) -> None:
         for worker_id, old in former.items():
             if worker_id != "aw-1":  # this one has gone meanwhile
                 held = old.inbox[0].assigned if isinstance(old.inbox[0], Welcome) else []
-                cluster.fakes[worker_id] = await cluster.join(old.boot, resident=held)
+                cluster.fakes[worker_id] = await cluster.join(old.boot, resident=held, was_ready=True)
         after = await cluster.full()
         assert after["ert_version"] > before["ert_version"]
         assert [o.worker_id for o in cluster.orders if isinstance(o, StartWorker)] == ["aw-1"]
@@ -310,6 +332,8 @@ def test_a_restarted_orchestrator_takes_over_the_workers(model: str) -> None:
             assert epoch == old.boot.epoch if worker_id != "aw-1" else epoch >> 20 == 2
         table = cluster.fakes["aw-0"].inbox[0].table  # type: ignore[union-attr]
         assert all(len(found) == 2 for row in table.candidates for found in row)
+        told = [m for m in cluster.fakes["gateway"].inbox if isinstance(m, (Welcome, Peers))]
+        assert all("aw-0" in [p.worker_id for p in m.peers] for m in told), "aw-0 has the gateway's requests"
 
     run(test, model, adoption_window_s=0.5)
 

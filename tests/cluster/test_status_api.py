@@ -58,7 +58,7 @@ BIG = "x" * 20_000
 @pytest.mark.parametrize(
     ("method", "path", "options", "code"),
     [
-        ("GET", "/", {}, 404),
+        ("GET", "/nothing", {}, 404),
         ("GET", "/metrics", {}, 404),
         ("GET", "/status/", {}, 404),
         ("POST", "/status", {"json": {}}, 405),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
-from tarragon.gateway.streams import Action, Fail, Send, Streams, with_seed
-from tarragon.gateway.wire import Abort, Add
+from tarragon.gateway.continuing import with_seed
+from tarragon.gateway.streams import Action, Fail, Send, Streams
+from tarragon.gateway.wire import Abort, Add, Origin
 
 
 def request(request_id: str, *, temperature: float = 1.0, seed: int | None = None) -> EngineCoreRequest:
@@ -18,13 +20,17 @@ def request(request_id: str, *, temperature: float = 1.0, seed: int | None = Non
     return EngineCoreRequest(request_id, [1, 2, 3], None, params, None, 0.0, None, None, None)
 
 
-def streams(*workers: str, failovers_max: int = 3, waiting_max: int = 2) -> Streams:
+def streams(*workers: str, failovers_max: int = 3, waiting_max: int = 2, **settings: Any) -> Streams:
     seeds = itertools.count(100)
     made = Streams(
-        failovers_max=failovers_max, waiting_max=waiting_max, wait_s=10.0, draw_seed=lambda: next(seeds)
+        failovers_max=failovers_max,
+        waiting_max=waiting_max,
+        wait_s=10.0,
+        draw_seed=lambda: next(seeds),
+        **settings,
     )
     for worker in workers:
-        assert made.worker_up(worker, 0.0) == []
+        assert made.worker_up(worker, 1, 0.0) == []
     return made
 
 
@@ -44,6 +50,14 @@ def seed_in(actions: list[Action]) -> int | None:
     return seed
 
 
+def added(actions: list[Action]) -> Add:
+    """The only action's message, which gives a request to a worker."""
+    (action,) = actions
+    assert isinstance(action, Send)
+    assert isinstance(action.message, Add)
+    return action.message
+
+
 def failure(actions: list[Action]) -> str:
     (action,) = actions
     assert isinstance(action, Fail)
@@ -57,9 +71,9 @@ def output(request_id: str, *tokens: int, last: bool = False) -> EngineCoreOutpu
 def test_a_request_goes_to_one_worker_and_ends_with_its_last_output() -> None:
     live = streams("aw-0", "aw-1")
     assert sent_to(live.add(request("r"), 0.0)) == ("aw-0", 1)
-    assert len(live.accept("aw-0", {"r": 1}, [output("r", 5)])) == 1
+    assert len(live.accept("aw-0", {"r": 1}, [output("r", 5)], 0.0)) == 1
     assert live.live["r"].sent == [5]
-    assert len(live.accept("aw-0", {"r": 1}, [output("r", 6, last=True)])) == 1
+    assert len(live.accept("aw-0", {"r": 1}, [output("r", 6, last=True)], 0.0)) == 1
     assert not live.live
     assert live.loads["aw-0"].tokens == 0
 
@@ -67,10 +81,10 @@ def test_a_request_goes_to_one_worker_and_ends_with_its_last_output() -> None:
 def test_outputs_of_others_than_the_owner_are_dropped_and_counted() -> None:
     live = streams("aw-0", "aw-1")
     live.add(request("r"), 0.0)
-    assert live.accept("aw-1", {"r": 1}, [output("r", 5)]) == []
-    assert live.accept("aw-0", {"r": 2}, [output("r", 5)]) == []
+    assert live.accept("aw-1", {"r": 1}, [output("r", 5)], 0.0) == []
+    assert live.accept("aw-0", {"r": 2}, [output("r", 5)], 0.0) == []
     assert live.counters.outputs_stale == 2
-    assert live.accept("aw-0", {"gone": 1}, [output("gone", 5)]) == []
+    assert live.accept("aw-0", {"gone": 1}, [output("gone", 5)], 0.0) == []
     assert live.counters.outputs_unknown == 1
     assert live.live["r"].sent == []
 
@@ -85,28 +99,172 @@ def test_a_request_without_tokens_starts_again_with_its_seed() -> None:
     assert seeds == [100, 100]
     assert live.counters.restarts == 1
     # What the lost worker still had on its way is of the old attempt.
-    assert live.accept("aw-0", {"r": 1}, [output("r", 5)]) == []
-    assert live.accept("aw-1", {"r": 1}, [output("r", 5)]) == []
-    assert len(live.accept("aw-1", {"r": 2}, [output("r", 5)])) == 1
+    assert live.accept("aw-0", {"r": 1}, [output("r", 5)], 0.0) == []
+    assert live.accept("aw-1", {"r": 1}, [output("r", 5)], 0.0) == []
+    assert len(live.accept("aw-1", {"r": 2}, [output("r", 5)], 0.0)) == 1
 
 
-def test_a_request_with_tokens_ends_with_a_reason() -> None:
+def test_a_request_with_tokens_goes_on_behind_them() -> None:
+    live = streams("aw-0", "aw-1", "aw-2")
+    live.add(request("r"), 0.0)
+    live.accept("aw-0", {"r": 1}, [output("r", 5, 6)], 0.0)
+    add = added(live.worker_down("aw-0", "killed by SIGKILL", 1.0))
+    assert (add.attempt, add.sent, add.origins) == (2, [5, 6], [Origin("aw-0", 1, 1)])
+    # A second loss without a token in between: its rows are still those of the first attempt.
+    add = added(live.worker_down("aw-1", "killed", 1.0))
+    assert (add.attempt, add.sent) == (3, [5, 6])
+    assert add.origins == [Origin("aw-1", 1, 2), Origin("aw-0", 1, 1)]
+    assert live.accept("aw-0", {"r": 1}, [output("r", 7)], 1.0) == []
+    assert len(live.accept("aw-2", {"r": 3}, [output("r", 7)], 1.0)) == 1
+    live.worker_up("aw-0", 9, 2.0)
+    add = added(live.worker_down("aw-2", "killed", 3.0))
+    assert (add.sent, add.origins) == ([5, 6, 7], [Origin("aw-2", 1, 3)]), "older ones are of no use"
+    assert live.counters.outputs_stale == 1
+    assert live.counters.failovers == {"closed": 3}
+
+
+def test_a_request_that_sent_nothing_has_origins_too() -> None:
     live = streams("aw-0", "aw-1")
     live.add(request("r"), 0.0)
-    live.accept("aw-0", {"r": 1}, [output("r", 5, 6)])
-    why = failure(live.worker_down("aw-0", "killed by SIGKILL", 1.0))
-    assert why == "attention worker aw-0 was lost (killed by SIGKILL) after 2 tokens of this text"
+    add = added(live.worker_down("aw-0", "killed", 1.0))
+    assert (add.sent, add.origins) == ([], [Origin("aw-0", 1, 1)]), "its prompt may be committed"
+
+
+def test_the_stall_is_told_with_the_next_token() -> None:
+    stalls: list[float] = []
+    live = streams("aw-0", "aw-1", "aw-2", on_stall=stalls.append)
+    live.add(request("r"), 0.0)
+    live.accept("aw-0", {"r": 1}, [output("r", 5)], 0.5)
+    live.worker_down("aw-0", "killed", 1.0)
+    live.worker_down("aw-1", "killed", 2.0)
+    live.accept("aw-2", {"r": 3}, [output("r", 6)], 2.5)
+    live.accept("aw-2", {"r": 3}, [output("r", 7)], 9.0)
+    assert stalls == [1.5]
+
+
+def test_a_token_clears_a_request() -> None:
+    live = streams("aw-0", "aw-1", failovers_max=2)
+    live.add(request("r"), 0.0)
+    for death in range(10):
+        owner = live.live["r"].owner
+        assert owner is not None
+        live.accept(owner, {"r": death + 1}, [output("r", death)], 0.0)
+        assert sent_to(live.worker_down(owner, "killed", 0.0))[1] == death + 2
+        live.worker_up(owner, death + 2, 0.0)
+    assert live.live["r"].failovers == 1
+
+
+def test_suspects_run_one_at_a_time_and_innocents_are_cleared() -> None:
+    live = streams("aw-0", waiting_max=0)
+    for name in ("killer", "a", "b"):
+        live.add(request(name), 0.0)
+    live.worker_down("aw-0", "killed", 0.0)
+    assert len(live.worker_up("aw-0", 2, 0.0)) == 3
+    live.worker_down("aw-0", "killed", 0.0)
+    assert all(stream.is_suspect for stream in live.live.values())
+    # The killer, alone, takes its worker with it a third time; then the others get their turns.
+    assert sent_to(live.worker_up("aw-0", 3, 0.0)) == ("aw-0", 3)
+    assert live.live["killer"].owner == "aw-0"
+    assert live.worker_down("aw-0", "killed", 0.0) == []
+    assert sent_to(live.worker_up("aw-0", 4, 0.0)) == ("aw-0", 3)
+    assert live.worker_up("aw-1", 1, 0.0) == [], "another worker does not mean another suspect"
+    assert live.due() == []
+    live.accept("aw-0", {"a": 3}, [output("a", 1)], 0.0)
+    assert live.live["a"].failovers == 0
+    assert sent_to(live.due()) == ("aw-1", 3)
+    # One that ends before its first token makes room, too.
+    actions = live.abort(["b"])
+    assert actions[0] == Send("aw-1", Abort({"b": 3}))
+    assert sent_to(actions[1:]) == ("aw-1", 4)
+    actions = live.worker_down("aw-1", "killed", 0.0)
+    assert "4 attention workers were lost under this request" in failure(actions)
+    assert isinstance(actions[0], Fail)
+    assert actions[0].harmful
+    assert list(live.live) == ["a"]
+
+
+def test_a_suspect_does_not_wait_for_its_turn_for_ever() -> None:
+    live = streams("aw-0")
+    for name in ("a", "b"):
+        live.add(request(name), 0.0)
+    live.worker_down("aw-0", "killed", 0.0)
+    live.worker_up("aw-0", 2, 0.0)
+    live.worker_down("aw-0", "killed", 5.0)
+    live.worker_up("aw-0", 3, 6.0)
+    assert "its turn did not come within 10 s" in failure(live.expire(15.0))
+
+
+def test_a_worker_that_hung_up_gets_nothing_new() -> None:
+    live = streams("aw-0", "aw-1", "aw-2")
+    for name in ("a", "b"):
+        live.add(request(name), 0.0)
+    live.closing("aw-1")
+    assert sent_to(live.worker_down("aw-0", "killed", 0.0)) == ("aw-2", 2)
+    assert len(live.accept("aw-1", {"b": 1}, [output("b", 1)], 0.0)) == 1, "what it sent before counts"
+    assert sent_to(live.worker_down("aw-1", "killed", 0.0)) == ("aw-2", 2)
+    assert live.live["b"].failovers == 1
+
+
+def test_requests_that_have_begun_may_wait_without_bound() -> None:
+    live = streams("aw-0", waiting_max=1)
+    for name in "abc":
+        live.add(request(name), 0.0)
+    assert live.worker_down("aw-0", "killed", 0.0) == []
+    assert "too many requests wait" in failure(live.add(request("d"), 0.0))
+    assert len(live.worker_up("aw-1", 1, 1.0)) == 3
+
+
+def test_a_drain_seals_at_once_and_aborts_once_the_rows_are_taken_over() -> None:
+    live = streams("aw-0", "aw-1")
+    live.add(request("r"), 0.0)
+    live.accept("aw-0", {"r": 1}, [output("r", 5)], 0.0)
+    add = added(live.drain("aw-0", 1.0))
+    assert (add.sent, add.origins) == ([5], [Origin("aw-0", 1, 1)])
+    assert live.live["r"].failovers == 0, "nobody died"
+    assert live.accept("aw-0", {"r": 1}, [output("r", 6)], 1.0) == []
+    assert live.due() == []
+    assert live.drained() == set(), "its rows are still needed"
+    assert len(live.accept("aw-1", {"r": 2}, [output("r", 6)], 1.0)) == 1
+    assert live.due() == [Send("aw-0", Abort({"r": 1}))]
+    assert live.drained() == {"aw-0"}
+    assert live.due() == []
+    assert (live.counters.moved, live.counters.restarts) == (1, 0)
+
+
+def test_the_worker_of_a_drained_request_may_die_and_the_request_may_end() -> None:
+    live = streams("aw-0", "aw-1", "aw-2")
+    live.add(request("a"), 0.0)
+    live.add(request("b"), 0.0)
+    live.drain("aw-0", 0.0)
+    assert live.live["a"].owner == "aw-2"
+    add = added(live.worker_down("aw-2", "killed", 1.0))
+    assert add.origins == [Origin("aw-2", 1, 2), Origin("aw-0", 1, 1)]
+    actions = live.abort(["a"])
+    assert sorted(action.worker for action in actions if isinstance(action, Send)) == ["aw-0", "aw-1"]
+    assert live.drained() == {"aw-0"}
+    live.worker_up("aw-2", 2, 1.0)
+    live.drain("aw-1", 1.0)
+    live.worker_down("aw-1", "killed", 2.0)  # the old attempt is gone; the new one goes on
+    live.accept("aw-2", {"b": 2}, [output("b", 1, last=True)], 2.0)
+    assert live.due() == []
     assert not live.live
-    assert live.counters.failed == 1
+
+
+def test_a_drained_worker_ends_what_nobody_else_can_take() -> None:
+    live = streams("aw-0")
+    live.add(request("r"), 0.0)
+    assert live.drain("aw-0", 0.0) == []
+    assert len(live.accept("aw-0", {"r": 1}, [output("r", 5, last=True)], 0.0)) == 1
+    assert live.drained() == {"aw-0"}
 
 
 def test_a_request_is_not_carried_from_worker_to_worker_for_ever() -> None:
     live = streams("aw-0", "aw-1", failovers_max=2)
     live.add(request("killer"), 0.0)
     assert sent_to(live.worker_down("aw-0", "killed", 0.0)) == ("aw-1", 2)
-    live.worker_up("aw-0", 0.0)
+    live.worker_up("aw-0", 1, 0.0)
     assert sent_to(live.worker_down("aw-1", "killed", 0.0)) == ("aw-0", 3)
-    live.worker_up("aw-1", 0.0)
+    live.worker_up("aw-1", 1, 0.0)
     assert "3 attention workers were lost under this request" in failure(
         live.worker_down("aw-0", "killed", 0.0)
     )
@@ -130,7 +288,7 @@ def test_requests_wait_for_a_worker_in_order_within_bounds() -> None:
     assert "too many requests wait" in failure(live.add(request("c"), 6.0))
     assert live.expire(9.9) == []
     assert "within 10 s" in failure(live.expire(10.0))
-    actions = live.worker_up("aw-0", 11.0)
+    actions = live.worker_up("aw-0", 1, 11.0)
     assert sent_to(actions) == ("aw-0", 1)
     assert list(live.live) == ["b"]
     assert not live.waiting
@@ -140,7 +298,7 @@ def test_a_waiting_request_can_be_aborted() -> None:
     live = streams()
     live.add(request("a"), 0.0)
     assert live.abort(["a", "a", "unknown"]) == []
-    assert live.worker_up("aw-0", 1.0) == []
+    assert live.worker_up("aw-0", 1, 1.0) == []
     assert not live.live
 
 
@@ -152,7 +310,7 @@ def test_aborts_go_to_the_owner_with_the_attempt() -> None:
     (action,) = live.abort(["a", "b"])
     assert action == Send("aw-0", Abort({"a": 1, "b": 2}))
     assert list(live.live) == ["c"]
-    assert live.accept("aw-0", {"a": 1}, [output("a", 5)]) == []
+    assert live.accept("aw-0", {"a": 1}, [output("a", 5)], 0.0) == []
 
 
 def test_everything_ends_when_the_gateway_shuts_down() -> None:
@@ -205,7 +363,9 @@ def test_random_lives_leave_nothing_behind(seed: int) -> None:
                 stream = live.live[chance.choice(names)]
                 if stream.owner is not None:
                     name, last = stream.request.request_id, chance.random() < 0.3
-                    passed = live.accept(stream.owner, {name: stream.attempt}, [output(name, 1, last=last)])
+                    passed = live.accept(
+                        stream.owner, {name: stream.attempt}, [output(name, 1, last=last)], 0.0
+                    )
                     ended.extend(name for _ in passed if last)
             case "abort" if names:
                 name = chance.choice(names)
@@ -216,7 +376,7 @@ def test_random_lives_leave_nothing_behind(seed: int) -> None:
             case "up":
                 missing = [name for name in ("aw-0", "aw-1") if name not in live.loads]
                 if missing:
-                    take(live.worker_up(missing[0], float(number)))
+                    take(live.worker_up(missing[0], 1, float(number)))
             case "time":
                 take(live.expire(float(number)))
         owned: dict[str, set[str]] = {name: set() for name in live.loads}

@@ -17,6 +17,7 @@ from tarragon.messages import (
     Drain,
     ExpertId,
     Hello,
+    Peers,
     Ready,
     Refused,
     Report,
@@ -32,12 +33,13 @@ from tarragon.messages import (
     WorkerExited,
     WorkerStarted,
 )
-from tarragon.orchestrator.actions import Action, Disconnect, Note, SendTo, ToAgent
+from tarragon.orchestrator.actions import Action, Disconnect, Note, SendTo, ToAgent, Verify
 from tarragon.orchestrator.adoption import Adoption
 from tarragon.orchestrator.commands import Commands
 from tarragon.orchestrator.membership import MembershipError
 from tarragon.orchestrator.planning import ExpertShape
 from tarragon.orchestrator.recovery import Recovery
+from tarragon.orchestrator.snapshot import unprotected_reason
 from tarragon.routing.placement import Placement, PlacementError
 
 EXPERT_BYTES = 1_000
@@ -88,7 +90,7 @@ class Cluster:
             elif isinstance(action, ToAgent):
                 self._agent(action.message)
             else:
-                assert isinstance(action, Disconnect)
+                assert isinstance(action, Disconnect | Verify)
         self.check()
 
     def _agent(self, message: Control) -> None:
@@ -262,6 +264,7 @@ class Cluster:
 
 def hello_of(process: Process) -> Hello:
     return Hello(
+        was_ready=process.booted,
         resident=sorted(process.resident),
         worker_id=process.worker_id,
         role=process.role,
@@ -353,7 +356,7 @@ def test_any_deaths_and_returns_end_in_full_placement(
         OPERATIONS[kind](cluster, a, b)
     cluster.settle()
     cluster.check_complete()
-    assert len(cluster.live) == 1 + attention + expert
+    assert len(cluster.live) == 2 + attention + expert
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -388,8 +391,8 @@ def test_any_commands_among_deaths_end_in_full_placement(
 
 def test_the_gateway_is_started_first() -> None:
     cluster = Cluster(config_of(), ExpertShape(2, 4, EXPERT_BYTES))
-    assert [s.worker_id for s in cluster.starts] == ["gateway", "aw-0", "aw-1", "ew-0", "ew-1"]
-    assert len({s.epoch for s in cluster.starts}) == 5
+    assert [s.worker_id for s in cluster.starts] == ["gateway", "aw-0", "aw-1", "ew-0", "ew-1", "store"]
+    assert len({s.epoch for s in cluster.starts}) == 6
     assert all(s.epoch >> 20 == 1 for s in cluster.starts)
 
 
@@ -652,7 +655,7 @@ def test_draining_an_expert_worker_moves_its_experts_before_it_stops() -> None:
         cluster.obey(0)
     cluster.settle()
     cluster.check_complete()
-    assert sorted(recovery.membership.workers) == ["aw-0", "aw-1", "ew-0", "ew-2", "gateway"]
+    assert sorted(recovery.membership.workers) == ["aw-0", "aw-1", "ew-0", "ew-2", "gateway", "store"]
     assert not cluster.starts
 
 
@@ -840,6 +843,21 @@ def test_a_restarted_orchestrator_takes_over_what_runs() -> None:
     assert {p.worker_id: p.epoch for p in second.live} == epochs
 
 
+def test_a_restarted_orchestrator_takes_no_serving_attention_worker_from_the_gateway() -> None:
+    first = started(config_of(attention=3))
+    first.processes["aw-2"].booted = False  # this one has not been ready yet: the gateway does not know it
+    second = restarted(first)
+    gateway = second.processes["gateway"]
+    for worker_id in ("aw-1", "aw-0", "aw-2"):
+        process = second.processes[worker_id]
+        second.say(process, ready_of(process, 0))
+    told = [m.peers for m in gateway.inbox if isinstance(m, (Welcome, Peers)) and m.peers]
+    assert [[p.worker_id for p in peers] for peers in told[-2:]] == [
+        ["aw-0", "aw-1"],
+        ["aw-0", "aw-1", "aw-2"],
+    ]
+
+
 def test_a_restarted_orchestrator_replaces_what_is_gone() -> None:
     first = started(config_of(expert=2))
     second = restarted(first, gone=("ew-0", "gateway"))
@@ -899,3 +917,57 @@ def test_experts_that_the_model_does_not_have_are_ignored() -> None:
     cluster.kill(index_of(cluster, "ew-1"))
     cluster.settle()
     cluster.check_complete()
+
+
+# ------------------------------------------------------------------ the checkpoint store
+
+
+def protection(cluster: Cluster) -> str:
+    return unprotected_reason(cluster.recovery)
+
+
+def report_bucket(cluster: Cluster, worker_id: str, value: float) -> None:
+    process = cluster.processes[worker_id]
+    report = Report(worker_id=worker_id, epoch=process.epoch, counters={"bucket": value})
+    cluster.say(process, report)
+
+
+def test_a_cluster_is_protected_while_the_store_and_every_bucket_are_there() -> None:
+    cluster = started(config_of())
+    assert protection(cluster) == "without checkpoints: aw-0, aw-1"
+    report_bucket(cluster, "aw-0", 1.0)
+    report_bucket(cluster, "aw-1", 0.0)
+    assert protection(cluster) == "without checkpoints: aw-1"
+    report_bucket(cluster, "aw-1", 1.0)
+    assert protection(cluster) == ""
+    cluster.kill(index_of(cluster, "aw-1"))
+    assert protection(cluster) == "", "who is dead holds no request"
+    cluster.settle()
+    assert "aw-1" in protection(cluster), "a new incarnation has not reported yet"
+
+
+def test_the_store_is_replaced_at_once_and_hears_of_the_attention_workers() -> None:
+    cluster = started(config_of())
+    for worker_id in ("aw-0", "aw-1"):
+        report_bucket(cluster, worker_id, 1.0)
+    others = {p.worker_id: p.epoch for p in cluster.live if p.worker_id != "store"}
+    cluster.kill(index_of(cluster, "store"))
+    assert [s.worker_id for s in cluster.starts] == ["store"]
+    assert protection(cluster).startswith("no checkpoint store runs")
+    assert cluster.recovery.ready
+    cluster.fork(0)
+    store = cluster.processes["store"]
+    welcome = store.inbox[0]
+    assert isinstance(welcome, Welcome)
+    assert sorted(p.worker_id for p in welcome.peers) == ["aw-0", "aw-1"]
+    cluster.say(store, ready_of(store, 0))
+    assert protection(cluster) == ""
+    assert {p.worker_id: p.epoch for p in cluster.live if p.worker_id != "store"} == others
+
+
+def test_the_store_hears_of_deaths_among_attention_workers() -> None:
+    cluster = started(config_of())
+    store = cluster.processes["store"]
+    cluster.kill(index_of(cluster, "aw-0"))
+    named = [m.peers for m in store.inbox if isinstance(m, Peers)]
+    assert [p.worker_id for p in named[-1]] == ["aw-1"]

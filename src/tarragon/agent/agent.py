@@ -26,9 +26,10 @@ from tarragon.agent.log import LogPipe, LogWriter
 from tarragon.agent.preload import PRELOAD_MODULES, WORKER_MODULES
 from tarragon.agent.process import Child
 from tarragon.agent.signals import STOP_SIGNALS, Interrupted, SignalInbox
+from tarragon.agent.vault import Vault
 from tarragon.boot import Boot, socket_address
 from tarragon.config import Config
-from tarragon.messages import Role, SignalWorker, StartWorker, Stop, WorkerExited, WorkerStarted
+from tarragon.messages import Alive, Role, SignalWorker, StartWorker, Stop, WorkerExited, WorkerStarted
 
 GENERATION_BITS: Final = 20
 """An epoch is generation << GENERATION_BITS | counter; the agent counts the orchestrator's generations."""
@@ -39,6 +40,7 @@ _USAGE: Final = f"exit code {USAGE_EXIT_CODE}: tarragon: "
 """How an ended child says that the user has to change something."""
 _CONSOLE: Final = "console"
 _ORCHESTRATOR: Final = "orchestrator"
+_STORE: Final = "store"
 
 
 class NodeAgent:
@@ -97,6 +99,8 @@ class NodeAgent:
         self._link = OrchestratorLink(
             self._selector, self._on_orchestrator, address, self._secret, config, self._writer
         )
+        vault_address = socket_address(self._cluster, "agent")
+        self._vault = Vault(self._selector, vault_address, self._secret, config, self._writer, self._is_store)
 
     def run(self) -> int:
         """Start the cluster, obey the orchestrator until it is over, leave nothing; return the exit code."""
@@ -118,6 +122,8 @@ class NodeAgent:
         if self._link.is_dialling:
             return 0.0  # an attempt to dial waits by itself
         due_s = [child.kill_at_s for child in self._children.values() if child.kill_at_s is not None]
+        if self._link.watch_at_s is not None:
+            due_s.append(self._link.watch_at_s)
         return max(0.0, min(due_s) - time.monotonic()) if due_s else None
 
     def _on_time(self, now_s: float) -> None:
@@ -130,6 +136,9 @@ class NodeAgent:
             self._link.end()
         elif self._link.is_dialling:
             self._dial()
+        elif self._link.is_silent(now_s):
+            self._log(f"the orchestrator hangs: no sign of life for {self._config.orchestrator_silence_s} s")
+            self._kill_orchestrator()
 
     # ------------------------------------------------------------------ the orchestrator
 
@@ -149,8 +158,12 @@ class NodeAgent:
             self._preload()
         elif outcome == "given up":
             self._log("the orchestrator does not answer: SIGKILL")
-            for child in self._find(_ORCHESTRATOR):
-                self._signal(child, signal.SIGKILL)
+            self._kill_orchestrator()
+
+    def _kill_orchestrator(self) -> None:
+        """The next generation follows when this one is reaped."""
+        for child in self._find(_ORCHESTRATOR):
+            self._signal(child, signal.SIGKILL)
 
     def _living_workers(self) -> list[WorkerStarted]:
         """What an orchestrator of a new generation has to adopt."""
@@ -168,7 +181,7 @@ class NodeAgent:
             self._on_signal_worker(message)
         elif isinstance(message, Stop):
             self._stop(message.reason or "the orchestrator says so", code=0 if self._was_ready else 1)
-        elif message is not None:
+        elif message is not None and not isinstance(message, Alive):
             self._log(f"refused a message that is not for a node agent: {type(message).__name__}")
 
     def _on_orchestrator_exit(self, why: str) -> None:
@@ -215,6 +228,8 @@ class NodeAgent:
         self._newest_epoch[order.worker_id] = order.epoch
         for older in self._find(order.worker_id):
             self._end_child(older)
+            if older.role == _STORE:  # it has nothing to finish, and an address that its successor needs
+                self._signal(older, signal.SIGKILL)
         try:
             child = self._start(order.worker_id, order.role, order.epoch, is_replacement=is_replacement)
         except OSError as error:
@@ -271,6 +286,7 @@ class NodeAgent:
     def _release(self) -> None:
         """In a forked child: close what the agent owns, so that no object of it closes a reused number."""
         self._link.release()
+        self._vault.release()
         for child in self._children.values():
             if child.log is not None:
                 child.log.close()
@@ -285,6 +301,10 @@ class NodeAgent:
         self._writer.write(child.name, child.log.read())
         if not child.log.is_open:
             self._selector.unregister(child.log)
+
+    def _is_store(self, pid: int, worker_id: str, epoch: int) -> bool:
+        child = self._children.get(pid)
+        return child is not None and (child.role, child.name, child.epoch) == (_STORE, worker_id, epoch)
 
     def _find(self, name: str) -> list[Child]:
         return [child for child in self._children.values() if child.name == name]
@@ -389,6 +409,7 @@ class NodeAgent:
             for pid in orphans:
                 os.waitpid(pid, 0)
         self._link.end()
+        self._vault.close()
         self._selector.close()
         self._signals.close()
         if self._failure:

@@ -11,12 +11,15 @@ from typing import Final, Literal
 
 from tarragon.agent.log import LogWriter
 from tarragon.config import Config
-from tarragon.messages import Control, Hello, ProtocolError
+from tarragon.messages import Alive, Control, Hello, ProtocolError
 from tarragon.transport.local import Connection, dial
 
 _DIAL_SLICE_S: Final = 0.1
 """One attempt to reach the orchestrator; between two of them the agent's loop turns."""
 _UNSENT_MAX: Final = 1_024
+_WATCH_TURNS: Final = 5
+"""The agent looks so often within the time of silence that it allows: an agent that was itself paused, with
+all the host perhaps, then accuses nobody, because one look is not enough."""
 
 Dialled = Literal["connected", "not yet", "given up"]
 
@@ -43,6 +46,9 @@ class OrchestratorLink:
         self._unsent: deque[Control] = deque(maxlen=_UNSENT_MAX)
         self._dial_until_s: float | None = None
         self._known_epoch = 0
+        self._silent_turns = 0
+        self.watch_at_s: float | None = None
+        """When ``is_silent`` is to be asked next; None before the first sign of life."""
 
     @property
     def is_dialling(self) -> bool:
@@ -60,6 +66,7 @@ class OrchestratorLink:
     def end(self) -> None:
         """Drop the connection and stop dialling."""
         self._dial_until_s = None
+        self.watch_at_s = None
         if self._connection is not None:
             self._selector.unregister(self._connection)
             self._connection.close()
@@ -91,6 +98,7 @@ class OrchestratorLink:
             self._dial_until_s = None
             return "given up"
         self._dial_until_s = None
+        self._silent_turns = 0
         self._connection = connection
         self._selector.register(connection, selectors.EVENT_READ, self._on_readable)
         missed = list(self._unsent) if epoch == self._known_epoch else list(living())
@@ -127,7 +135,29 @@ class OrchestratorLink:
             message = None
         if message is None:
             self.begin()
+        elif isinstance(message, Alive):
+            self._silent_turns = 0
+            if self.watch_at_s is None:
+                self.watch_at_s = time.monotonic() + self._watch_interval_s
         return message
+
+    def is_silent(self, now_s: float) -> bool:
+        """Whether the orchestrator, which gave signs of life, has given none for too long.
+
+        Call it when what has arrived was received.
+        """
+        if self.watch_at_s is None or now_s < self.watch_at_s:
+            return False
+        self.watch_at_s = now_s + self._watch_interval_s
+        self._silent_turns += 1
+        if self._silent_turns < _WATCH_TURNS:
+            return False
+        self.watch_at_s = None
+        return True
+
+    @property
+    def _watch_interval_s(self) -> float:
+        return self._config.orchestrator_silence_s / _WATCH_TURNS
 
 
 class RestartBudget:

@@ -15,6 +15,7 @@ WORKER_MODULES: Final[Mapping[str, str]] = {
     "attention": "tarragon.attention.worker",
     "expert": "tarragon.experts.worker",
     "gateway": "tarragon.gateway.process",
+    "store": "tarragon.checkpoint.process",
 }
 PRELOAD_MODULES: Final[tuple[str, ...]] = (
     "torch",
@@ -32,6 +33,7 @@ PRELOAD_MODULES: Final[tuple[str, ...]] = (
     "tarragon.attention.worker",
     "tarragon.experts.worker",
     "tarragon.gateway.process",
+    "tarragon.checkpoint.process",
 )
 
 

@@ -6,9 +6,11 @@ through their mailboxes.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 from tarragon.boot import Boot
 from tarragon.control import WorkerControl
@@ -23,9 +25,11 @@ from tarragon.messages import (
     TableUpdate,
     Welcome,
 )
-from tarragon.refe.engine import LinkDown, NewLink, NewTable, Refe
-from tarragon.transport.link import DataLink, LinkRefused, Offer
+from tarragon.refe.engine import Refe
+from tarragon.refe.links import LinkDown, NewLink, NewTable
+from tarragon.transport.link import DataLink, Offer
 from tarragon.transport.local import Connection, dial
+from tarragon.transport.probe import ProbeChannel
 from tarragon.transport.region import RegionShape
 
 
@@ -38,24 +42,32 @@ class ControlThread(WorkerControl):
     def __init__(self, boot: Boot, refe: Refe, region: RegionShape) -> None:
         super().__init__(boot, frame_bytes_max=boot.config.engine_frame_bytes_max)
         self.refe, self.region = refe, region
+        refe.progress = self.responder.progress
         self.gateways: queue.SimpleQueue[tuple[Connection, bytes]] = queue.SimpleQueue()
         self._dialled: set[tuple[str, int]] = set()
         self._linked: set[tuple[str, int]] = set()
         self._table: Table | None = None
         self._changed = threading.Condition()
+        self.counters: Callable[[], dict[str, float]] = dict
+        """What besides REFE's counters is reported."""
 
     # ------------------------------------------------------------------ called by the engine thread
 
     def lost(self, peer: Peer, cause: str) -> None:
-        """Tell the orchestrator that the link to ``peer`` died."""
+        """Tell the orchestrator that the link to ``peer`` died; dial again if that one lives on."""
         with self._changed:
             self._linked.discard((peer.worker_id, peer.epoch))
+        self._suspect(peer, cause)
+        threading.Thread(target=self._link_again, args=(peer,), name="link", daemon=True).start()
+
+    def _suspect(self, peer: Peer, cause: str, *, withdrawn: bool = False) -> None:
         self.send(
             Suspicion(
                 reporter_id=self.boot.worker_id,
                 suspect_id=peer.worker_id,
                 suspect_epoch=peer.epoch,
                 cause=cause,
+                withdrawn=withdrawn,
             )
         )
 
@@ -84,19 +96,16 @@ class ControlThread(WorkerControl):
             Report(
                 worker_id=self.boot.worker_id,
                 epoch=self.boot.epoch,
-                counters=self.refe.counters.as_dict(),
+                counters={**self.refe.counters.as_dict(), **self.responder.counters, **self.counters()},
             )
         )
 
     # ------------------------------------------------------------------ the thread
 
-    def accept(self) -> bool:
-        try:
-            connection = self._listener.accept()
-            attach = connection.recv(self.boot.config.handshake_timeout_s)
-        except (ConnectionError, TimeoutError, ValueError):
-            return False
-        self.gateways.put((connection, attach or b""))
+    def admit(self, connection: Connection, first: bytes, descriptors: list[int]) -> bool:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self.gateways.put((connection, first))
         return True
 
     def handle(self, message: Control) -> None:
@@ -116,32 +125,64 @@ class ControlThread(WorkerControl):
         for peer in table.workers:
             if (peer.worker_id, peer.epoch) not in self._dialled:
                 self._dialled.add((peer.worker_id, peer.epoch))
-                threading.Thread(target=self._link, args=(peer,), daemon=True).start()
+                threading.Thread(target=self._link, args=(peer,), name="link", daemon=True).start()
 
-    def _link(self, peer: Peer) -> None:
-        """Set up the data link to one expert worker; on failure the orchestrator hears of it."""
-        config = self.boot.config
-        offer = Offer(
-            worker_id=self.boot.worker_id,
-            epoch=self.boot.epoch,
-            peer_epoch=peer.epoch,
-            shape=self.region,
+    def _link_again(self, peer: Peer) -> None:
+        """After a lost link: a cut between two that live heals, a dead one leaves the table."""
+        if not self.stopping.wait(self.boot.config.link_retry_ms / 1e3):
+            self._link(peer, again=True)
+
+    def _link(self, peer: Peer, *, again: bool = False) -> None:
+        """Connect to one expert worker, for as long as the table names it; failures are told."""
+        while not self.stopping.is_set() and self._is_wanted(peer):
+            try:
+                new = self._connect(peer)
+            except (OSError, TimeoutError, ValueError) as error:
+                self._suspect(peer, f"no link: {error}")
+                again = True
+                self.stopping.wait(self.boot.config.link_retry_ms / 1e3)
+                continue
+            self.refe.post(new)
+            with self._changed:
+                self._linked.add((peer.worker_id, peer.epoch))
+                self._changed.notify_all()
+            if again:
+                self._suspect(peer, "connected again", withdrawn=True)
+            return
+
+    def _connect(self, peer: Peer) -> NewLink:
+        """Probe channel and data link to one expert worker.
+
+        Raises ConnectionError, TimeoutError or ProtocolError, having closed everything.
+        """
+        boot, timeout_s = self.boot, self.boot.config.connect_timeout_s
+        probes = ProbeChannel.open(
+            peer.address,
+            boot.secret,
+            sender_id=boot.worker_id,
+            sender_epoch=boot.epoch,
+            receiver_epoch=peer.epoch,
+            timeout_s=timeout_s,
         )
         try:
             connection = dial(
                 peer.address,
-                self.boot.secret,
-                timeout_s=config.connect_timeout_s,
-                frame_bytes_max=config.control_frame_bytes_max,
+                boot.secret,
+                timeout_s=timeout_s,
+                frame_bytes_max=boot.config.control_frame_bytes_max,
             )
-            link = DataLink.offer(connection, offer)
-        except (ConnectionError, TimeoutError, LinkRefused, ValueError) as error:
-            self.lost(peer, f"no data link: {error}")
-            return
-        self.refe.post(NewLink(peer, link))
+            offer = Offer(
+                worker_id=boot.worker_id, epoch=boot.epoch, peer_epoch=peer.epoch, shape=self.region
+            )
+            return NewLink(peer, DataLink.offer(connection, offer), probes)
+        except BaseException:
+            probes.close()
+            raise
+
+    def _is_wanted(self, peer: Peer) -> bool:
         with self._changed:
-            self._linked.add((peer.worker_id, peer.epoch))
-            self._changed.notify_all()
+            workers = [] if self._table is None else self._table.workers
+        return any((w.worker_id, w.epoch) == (peer.worker_id, peer.epoch) for w in workers)
 
     def _all_linked(self) -> bool:
         table = self._table

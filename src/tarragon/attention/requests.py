@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from tarragon.attention.control import ControlThread
+from tarragon.attention.resume import Resumer
 from tarragon.gateway.wire import (
     FROM_GATEWAY,
     Abort,
@@ -32,14 +33,22 @@ class Requests:
     its requests are aborted: nobody would read their tokens.
     """
 
-    def __init__(self, engine: Any, control: ControlThread, vllm_config: Any) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        control: ControlThread,
+        vllm_config: Any,
+        resumer: Resumer,
+        attempts: dict[str, int],
+    ) -> None:
         self._engine = engine
         self._control = control
+        self._resumer = resumer
         self._vllm_config = vllm_config
         self._codec = Codec(FROM_GATEWAY)
         self._link: Connection | None = None
         self._gateway_epoch = -1
-        self._attempts: dict[str, int] = {}
+        self._attempts = attempts
         self._poll = select.poll()
 
     # ------------------------------------------------------------------ in
@@ -90,9 +99,7 @@ class Requests:
         idle_poll.unregister(link.fileno())
         link.close()
         self._link = None
-        if self._attempts:
-            self._engine.abort_requests(list(self._attempts))
-            self._attempts.clear()
+        self._forget(list(self._attempts))
 
     def _handle(self, message: Message) -> None:
         match message:
@@ -102,18 +109,28 @@ class Requests:
                 known = [
                     name for name, attempt in message.attempts.items() if self._attempts.get(name) == attempt
                 ]
-                for name in known:
-                    del self._attempts[name]
-                self._engine.abort_requests(known)
+                self._forget(known)
             case Utility():
                 self._send(self._call(message))
             case _:
                 raise ProtocolError(f"{type(message).__name__} after the first message")
 
     def _add(self, message: Add) -> None:
+        name = message.request.request_id
+        if name in self._attempts:
+            self._forget([name])  # an older attempt, whose abort is on its way
+        self._attempts[name] = message.attempt
+        if message.sent or message.origins:
+            self._resumer.add(message)
+            return
         request, wave = self._engine.preprocess_add_request(message.request)
-        self._attempts[request.request_id] = message.attempt
         self._engine.add_request(request, wave)
+
+    def _forget(self, names: list[str]) -> None:
+        for name in names:
+            del self._attempts[name]
+        self._resumer.abort(names)
+        self._engine.abort_requests(names)
 
     def _call(self, utility: Utility) -> UtilityResult:
         try:

@@ -17,6 +17,8 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from tarragon.attention.capture import CapturingImpl
+
 _QUERY_HEADS_PER_ITERATION = 8
 """Query heads that the kernel's vector path holds in registers; its other paths hold a multiple."""
 
@@ -90,7 +92,11 @@ class TiledMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class TiledAttentionBackend(CPUAttentionBackend):
-    """vLLM's CPU attention with chunk-invariant work items."""
+    """vLLM's CPU attention with chunk-invariant work items, whose cache updates are noted."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CapturingImpl]:
+        return CapturingImpl
 
     @staticmethod
     def get_builder_cls() -> type[TiledMetadataBuilder]:

@@ -6,13 +6,18 @@ import select
 import sys
 from typing import Any, cast
 
+from tarragon.attention.checkpoints import Checkpoints
 from tarragon.attention.control import ControlThread
 from tarragon.attention.engine import build_engine, fingerprint, prepare
 from tarragon.attention.exact import inexact_reason
 from tarragon.attention.requests import Requests
+from tarragon.attention.runner import AttentionModelRunner
+from tarragon.attention.unreachable import fail_step
 from tarragon.boot import Boot
+from tarragon.config import GRAMMAR_POLL_MS
 from tarragon.models.shape import MoeModel, read_model
-from tarragon.refe.engine import Refe
+from tarragon.native.undertaker import spawn_undertaker
+from tarragon.refe.engine import ExpertUnreachable, Refe
 from tarragon.transport.region import DType, RegionShape
 
 
@@ -20,6 +25,7 @@ def main(boot: Boot) -> None:
     """Run one attention worker until it is told to stop. The process ends with it."""
     from tarragon.gateway.flags import engine_config
 
+    spawn_undertaker()
     model = read_model(boot.model)
     vllm_config = engine_config(boot)
     if vllm_config.model_config.use_mla:
@@ -31,8 +37,14 @@ def main(boot: Boot) -> None:
     prepare(refe, model, boot.threads)
     control.start()
     engine = build_engine(vllm_config)
+    attempts: dict[str, int] = {}
+    checkpoints = Checkpoints(engine, boot, f"{fingerprint(model)}, {model.path}", attempts)
+    AttentionModelRunner.checkpoints = checkpoints
+    refe.on_gap = checkpoints.writer.flush
+    control.counters = checkpoints.counters
     control.ready(fingerprint(model), inexact_reason(vllm_config.model_config))
-    serve(engine, refe, control, vllm_config)
+    requests = Requests(engine, control, vllm_config, checkpoints.resumer, attempts)
+    serve(engine, refe, control, requests, checkpoints)
     control.stopping.set()
 
 
@@ -53,9 +65,11 @@ def _connect(boot: Boot, model: MoeModel, tokens_max: int) -> tuple[ControlThrea
     return control, refe
 
 
-def serve(engine: Any, refe: Refe, control: ControlThread, vllm_config: Any) -> None:
+def serve(
+    engine: Any, refe: Refe, control: ControlThread, requests: Requests, checkpoints: Checkpoints
+) -> None:
     """The loop: drain the mailboxes, run one step, send what it produced."""
-    requests = Requests(engine, control, vllm_config)
+    resumer = checkpoints.resumer
     poll = select.poll()
     for fd in (refe.fileno(), control.wake_fd):
         poll.register(fd, select.POLLIN)
@@ -63,11 +77,15 @@ def serve(engine: Any, refe: Refe, control: ControlThread, vllm_config: Any) -> 
         busy = engine.scheduler.has_requests()
         if not busy:
             refe.end_step()
-            poll.poll()
+            poll.poll(GRAMMAR_POLL_MS if resumer.waiting else None)
             refe.take_posts()
         requests.take_up(poll)
+        resumer.poll()
         if engine.scheduler.has_requests():
-            outputs, executed = engine.step()
-            engine.post_step(executed)
+            try:
+                outputs, executed = engine.step()
+                engine.post_step(executed)
+            except ExpertUnreachable as error:
+                outputs = fail_step(engine, error)
             requests.deliver(outputs)
     print("attention worker: told to stop", file=sys.stderr)

@@ -80,9 +80,16 @@ class MonolithicVllm:
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
+        if self._log.closed:
+            return
         self._log.seek(0)
         self._tail = self._log.read()[-2000:].decode(errors="replace")
         self._log.close()
+
+    def kill(self) -> None:
+        """SIGKILL the server and its engine at once; it can be entered again afterwards."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self.__exit__(None, None, None)
 
     def _healthy(self) -> bool:
         try:

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--layers", type=int, help="demo model: only the first N layers")
     options.add_argument("--requests-per-stream", type=int, default=2)
     options.add_argument(
-        "--eager", action="store_true", help="Tarragon without torch.compile; the peer keeps it"
+        "--compiled", action="store_true", help="Tarragon with torch.compile; the peer has it always"
     )
     options.add_argument("--json", type=Path)
     return options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from tarragon.control import WorkerControl
 from tarragon.experts.kernels import ResidentExperts, kernel_isa
 from tarragon.messages import Assign, Control, ExpertId, Ready, Report, Welcome
 from tarragon.transport.link import DataLink
+from tarragon.transport.local import Connection
 
 
 class ControlThread(WorkerControl):
@@ -29,7 +31,10 @@ class ControlThread(WorkerControl):
         self._counters = counters
         self._fingerprint = f"{fingerprint}, experts {kernel_isa()}"
         self._resident: dict[ExpertId, int] = {}
-        self._assignments: queue.SimpleQueue[tuple[int, list[ExpertId]]] = queue.SimpleQueue()
+        self._assignments: queue.SimpleQueue[tuple[int, int, list[ExpertId]]] = queue.SimpleQueue()
+        self._connections = 0
+        """To an orchestrator, so far: what a former one has ordered is void."""
+        self._resident_lock = threading.Lock()
 
     def run(self) -> None:
         threading.Thread(target=self._load_forever, name="loader", daemon=True).start()
@@ -38,42 +43,60 @@ class ControlThread(WorkerControl):
     def handle(self, message: Control) -> None:
         match message:
             case Welcome(assigned=wanted, order=order) | Assign(experts=wanted, order=order):
-                self._assignments.put((order, wanted))
+                self._assignments.put((self._connections, order, wanted))
             case _:
                 pass
+
+    def resident(self) -> list[ExpertId]:
+        """What it holds, and goes on holding until the orchestrator that is told so orders otherwise."""
+        with self._resident_lock:
+            self._connections += 1
+            return sorted(self._resident)
 
     def _load_forever(self) -> None:
         """Obey assignments one after the other: load what is missing, drop what is not named, report."""
         while not self.stopping.is_set():
-            order, wanted = self._assignments.get()
+            connection, order, wanted = self._assignments.get()
             for expert in wanted:
-                if expert not in self._resident:
-                    self._resident[expert] = self.experts.load(expert)
-            for expert in set(self._resident) - set(wanted):
-                # The orchestrator names it no longer once no attention worker's table lists it here.
-                self.experts.unload(expert)
-                del self._resident[expert]
-            self.send(
-                Ready(
-                    worker_id=self.boot.worker_id,
-                    epoch=self.boot.epoch,
-                    fingerprint=self._fingerprint,
-                    exact=True,
-                    resident=sorted(self._resident),
-                    resident_bytes=sum(self._resident.values()),
-                    order=order,
-                )
-            )
+                if expert not in self._resident and connection == self._connections:
+                    loaded_bytes = self.experts.load(expert)
+                    with self._resident_lock:
+                        self._resident[expert] = loaded_bytes
+            with self._resident_lock:
+                if connection == self._connections:
+                    self._carry_out(order, wanted)
 
-    def accept(self) -> bool:
+    def _carry_out(self, order: int, wanted: list[ExpertId]) -> None:
+        for expert in set(self._resident) - set(wanted):
+            # The orchestrator names it no longer once no attention worker's table lists it here.
+            self.experts.unload(expert)
+            del self._resident[expert]
+        self.send(
+            Ready(
+                worker_id=self.boot.worker_id,
+                epoch=self.boot.epoch,
+                fingerprint=self._fingerprint,
+                exact=True,
+                resident=sorted(self._resident),
+                resident_bytes=sum(self._resident.values()),
+                order=order,
+            )
+        )
+
+    def admit(self, connection: Connection, first: bytes, descriptors: list[int]) -> bool:
+        if len(descriptors) != 1:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            connection.close()
+            return False
         model = self.experts.model
         try:
             link = DataLink.accept(
-                self._listener.accept(),
+                connection,
                 epoch=self.boot.epoch,
                 hidden=model.hidden,
                 dtype=model.dtype,
-                timeout_s=self.boot.config.handshake_timeout_s,
+                first=(first, descriptors[0]),
             )
         except (ConnectionError, TimeoutError, ValueError):
             return False  # whoever raised has closed the connection
@@ -86,7 +109,7 @@ class ControlThread(WorkerControl):
             Report(
                 worker_id=self.boot.worker_id,
                 epoch=self.boot.epoch,
-                counters=counters,
+                counters={**counters, **self.responder.counters},
                 expert_pairs=pairs,
             )
         )

@@ -17,6 +17,7 @@ from tarragon.experts.kernels import ResidentExperts
 from tarragon.messages import DataFlag, DataFrame, DataKind, RefusalReason
 from tarragon.models.expert_weights import ExpertWeights
 from tarragon.models.shape import read_model
+from tarragon.native.undertaker import spawn_undertaker
 from tarragon.transport.link import DataLink
 
 
@@ -26,6 +27,7 @@ def main(boot: Boot) -> None:
 
     torch.set_num_threads(boot.threads)
     native.load()
+    spawn_undertaker()
     _import_kernels()
     model = read_model(boot.model)
     experts = ResidentExperts(model, ExpertWeights(model))
@@ -51,6 +53,7 @@ class ExpertService:
         self._links: dict[int, DataLink] = {}
         self._frames: dict[int, DataFrame] = {}
         self._poll = select.epoll()
+        self._heartbeat_s = boot.config.worker_probe_interval_ms / 1e3
         self._pairs = np.zeros((len(model.moe_layers), model.experts), dtype=np.int64)
         self._rows = torch.empty(boot.config.batch_pairs_max, model.hidden, dtype=getattr(torch, model.dtype))
         self._out = torch.empty_like(self._rows)
@@ -62,6 +65,7 @@ class ExpertService:
             "batch_members": 0.0,
             "refused_frames": 0.0,
             "links_lost": 0.0,
+            "late_answers": 0.0,
             "compute_s": 0.0,
             "idle_s": 0.0,
         }
@@ -74,7 +78,9 @@ class ExpertService:
 
     def serve(self, control: ControlThread) -> None:
         self._poll.register(control.wake_fd, select.EPOLLIN)
+        progress = control.responder.progress
         while not control.stopping.is_set():
+            progress[0] += 1  # once a batch, and now and then when there is none: no wedge goes unseen
             action = self._batcher.next_action(_now_us())
             if isinstance(action, RunBatch):
                 self._run(action)
@@ -82,7 +88,7 @@ class ExpertService:
             elif isinstance(action, WaitUntil):
                 self._receive(control, max(0.0, (action.deadline_us - _now_us()) / 1e6))
             else:
-                self._receive(control, -1.0)
+                self._receive(control, self._heartbeat_s)
 
     # ------------------------------------------------------------------ doorbells
 
@@ -179,6 +185,7 @@ class ExpertService:
                 )
             )
         except ConnectionError:
+            self.counters["late_answers"] += kind == DataKind.RESULT  # its worker waits for it no longer
             link.eof = True  # the poll reports it, and _leave follows
 
     # ------------------------------------------------------------------ batches

@@ -24,6 +24,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 HEALTH_PATHS: Final = frozenset({"/health", "/ping"})
 WITHOUT_WORKER: Final = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
 """Routes that the gateway answers by itself."""
+UNSUPPORTED: Final = frozenset({"kv_transfer_params", "ec_transfer_params"})
+"""Parameters of vLLM's that would steer where a request's state comes from; that is Tarragon's matter."""
 RETRY_AFTER_S: Final = 1
 NAME_CHARACTERS_SHOWN: Final = 100
 
@@ -159,6 +161,8 @@ def check_parameters(body: bytes, known: frozenset[str], texts_max: int) -> None
             close = difflib.get_close_matches(shown, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise Refusal(HTTPStatus.BAD_REQUEST, f"unknown parameter {shown!r}{hint}", shown)
+        if name in UNSUPPORTED and bytes(given[name]) != b"null":
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"{name} is not supported", name)
     try:
         texts = msgspec.json.decode(given.get("n", msgspec.Raw(b"1")), type=int)
     except msgspec.DecodeError:

@@ -16,12 +16,13 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from vllm.exceptions import GracefulHTTPError
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 
 from tarragon.boot import Boot
 from tarragon.gateway import wire
 from tarragon.gateway.links import Link
+from tarragon.gateway.probing import Prober
 from tarragon.gateway.stats import EngineSlots
 from tarragon.gateway.streams import Action, Fail, Send, Streams
 from tarragon.messages import Peer, ProtocolError
@@ -49,7 +50,9 @@ class Client(EngineCoreClient):  # type: ignore[misc]
             waiting_max=config.request_queue_max,
             wait_s=config.attention_unavailable_timeout_s,
             draw_seed=lambda: secrets.randbits(SEED_BITS),
+            on_stall=lambda seconds: self.on_stall(seconds),
         )
+        self.prober = Prober(boot, self.streams.owes, self._hangs)
         self.available = asyncio.Event()
         """Set while at least one attention worker takes requests."""
         self.was_available = False
@@ -58,6 +61,7 @@ class Client(EngineCoreClient):  # type: ignore[misc]
         self.on_first_facts: Callable[[wire.Facts], None] = lambda _facts: None
         self.on_link_lost: Callable[[Peer, str], None] = lambda _peer, _cause: None
         self.on_drained: Callable[[str], None] = lambda _worker_id: None
+        self.on_stall: Callable[[float], None] = lambda _seconds: None
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = list(range(config.attention_workers))
         self._boot = boot
@@ -80,7 +84,10 @@ class Client(EngineCoreClient):  # type: ignore[misc]
     def set_peers(self, peers: Iterable[Peer]) -> None:
         """Link exactly the attention workers among ``peers``, which the orchestrator says are live."""
         live = {peer.worker_id: peer for peer in peers if peer.role == "attention"}
-        for worker_id in [worker_id for worker_id in self._links if worker_id not in live]:
+        gone = [worker_id for worker_id in self._links if worker_id not in live]
+        for worker_id in gone:
+            self.streams.closing(worker_id)  # none of them shall get what the others had
+        for worker_id in gone:
             self._remove(worker_id, "the orchestrator took it out")
         self.add_peers(live.values())
 
@@ -98,10 +105,12 @@ class Client(EngineCoreClient):  # type: ignore[misc]
             self._links[peer.worker_id] = Link(self._boot, peer, self, self.on_link_lost)
 
     def drain(self, worker_id: str) -> None:
-        """Give a worker nothing new; ``on_drained`` is called, once, when all that it had has ended."""
-        self.streams.draining.add(worker_id)
+        """Give a worker nothing new, and what it has to others if there are any.
+
+        ``on_drained`` is called, once, when all that it had runs elsewhere or has ended.
+        """
         self._drains.add(worker_id)
-        self._settle()
+        self._perform(self.streams.drain(worker_id, time.monotonic()))
 
     @property
     def connected(self) -> list[str]:
@@ -114,7 +123,8 @@ class Client(EngineCoreClient):  # type: ignore[misc]
         self._drains.discard(worker_id)
 
     def _settle(self) -> None:
-        """After anything that may have freed or taken a worker."""
+        """After anything that may have freed or taken a worker, or given it something to do."""
+        self.prober.arm()
         if self.streams.takers:
             self.available.set()
         else:
@@ -133,18 +143,24 @@ class Client(EngineCoreClient):  # type: ignore[misc]
         if not self.was_available:
             self.on_first_facts(facts)
         self.was_available = True
-        self._perform(self.streams.worker_up(link.peer.worker_id, time.monotonic()))
+        self.prober.link_up(link.peer)
+        self._perform(self.streams.worker_up(link.peer.worker_id, link.peer.epoch, time.monotonic()))
 
     async def room(self) -> None:
         await self._room.wait()
 
     def received(self, link: Link, message: wire.Message) -> None:
         worker_id = link.peer.worker_id
+        self.prober.heard(worker_id)
         match message:
             case wire.Outputs(attempts=attempts, outputs=outputs):
-                outputs.outputs = self.streams.accept(worker_id, attempts, outputs.outputs)
+                accepted = self.streams.accept(worker_id, attempts, outputs.outputs, time.monotonic())
+                refused = [output for output in accepted if _refusal(output)]
+                outputs.outputs = [output for output in accepted if not _refusal(output)]
                 self._publish(worker_id, outputs)
-                self._settle()
+                for output in refused:
+                    self._fail(output.request_id, _refusal(output))
+                self._perform(self.streams.due())
             case wire.Stats(scheduler_stats=stats):
                 self._publish(worker_id, EngineCoreOutputs(scheduler_stats=stats))
             case wire.UtilityResult(call_id=call_id, result=result, failure=failure):
@@ -155,14 +171,22 @@ class Client(EngineCoreClient):  # type: ignore[misc]
     def unsendable(self, link: Link, message: wire.Message, error: Exception) -> None:
         if isinstance(message, wire.Add):
             request_id = message.request.request_id
-            self.streams.abort([request_id])
+            self._perform(self.streams.abort([request_id]))
             self._fail(
                 request_id, f"this request cannot be given to a worker: {error}", HTTPStatus.BAD_REQUEST
             )
 
-    def link_down(self, link: Link, cause: str) -> None:
+    def _hangs(self, worker_id: str, cause: str) -> None:
+        """Probes say that a worker does not work. If it wakes, it finds its link closed and drops all."""
+        self._links[worker_id].cut(cause, "hung")
+
+    def link_down(self, link: Link, cause: str, kind: str) -> None:
         worker_id = link.peer.worker_id
-        self._perform(self.streams.worker_down(worker_id, cause, time.monotonic()))
+        self.prober.link_down(worker_id)
+        for other in self._links.values():
+            if other.hung_up:
+                self.streams.closing(other.peer.worker_id)  # lost at the same time: its turn comes
+        self._perform(self.streams.worker_down(worker_id, cause, time.monotonic(), kind))
         for call_id in [call_id for call_id, (callee, _) in self._calls.items() if callee == worker_id]:
             self._answered(call_id, None, RequestFailed(f"attention worker {worker_id} was lost"))
         index, stats = self._slots.slot(worker_id), self._slots.gone(worker_id)
@@ -195,12 +219,17 @@ class Client(EngineCoreClient):  # type: ignore[misc]
     # ------------------------------------------------------------------ actions
 
     def _perform(self, actions: Iterable[Action]) -> None:
+        failures = []
         for action in actions:
             match action:
                 case Send(worker=worker, message=message):
                     self._links[worker].send(message)
-                case Fail(request_id=request_id, message=why):
-                    self._fail(request_id, why)
+                case Fail():
+                    failures.append(action)
+        # Last, as they end siblings too: an abort must not overtake the request that it ends.
+        for failure in failures:
+            status = HTTPStatus.INTERNAL_SERVER_ERROR if failure.harmful else HTTPStatus.SERVICE_UNAVAILABLE
+            self._fail(failure.request_id, failure.message, status)
         if self.streams.waiting and self._expiry is None:
             first = min(stream.waits_until_s for stream in self.streams.waiting.values())
             self._expiry = self._loop.call_later(max(0.0, first - time.monotonic()), self._expire)
@@ -283,3 +312,10 @@ class Client(EngineCoreClient):  # type: ignore[misc]
         finally:
             for call_id, _ in calls:
                 self._calls.pop(call_id, None)
+
+
+def _refusal(output: EngineCoreOutput) -> str:
+    """Why a worker that is well gave this request up, in one sentence; "" if it did not."""
+    if output.finish_reason != FinishReason.ERROR or not isinstance(output.stop_reason, str):
+        return ""
+    return output.stop_reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -10,6 +11,7 @@ from tarragon.boot import Boot
 from tarragon.gateway import wire
 from tarragon.messages import Peer, ProtocolError
 from tarragon.transport.local import AsyncConnection, dial_async
+from tarragon.transport.sockets import abandon
 
 REDIAL_PAUSE_S_MIN: Final = 0.05
 REDIAL_PAUSE_S_MAX: Final = 2.0
@@ -29,7 +31,7 @@ class Events(Protocol):
 
     def unsendable(self, link: Link, message: wire.Message, error: Exception) -> None: ...
 
-    def link_down(self, link: Link, cause: str) -> None: ...
+    def link_down(self, link: Link, cause: str, kind: str) -> None: ...  # kind: the cause in one word
 
 
 class Link:
@@ -40,6 +42,8 @@ class Link:
     ) -> None:
         self.peer = peer
         self.up = False
+        self._connection: AsyncConnection | None = None
+        self._was_cut = False
         self._boot = boot
         self._events = events
         self._on_refused = on_refused
@@ -52,24 +56,42 @@ class Link:
         """Queue one message; what a dead link has not sent is lost with it."""
         self._outbox.put_nowait(message)
 
-    def close(self, cause: str) -> None:
+    @property
+    def hung_up(self) -> bool:
+        """Whether the worker has closed the link, though something may be left to read."""
+        if not self.up or self._connection is None or self._connection.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._connection.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def cut(self, cause: str, kind: str) -> None:
+        """Hang up on a worker that does not work, and dial it again; reports ``link_down`` at once."""
+        self._was_cut = True
+        self._down(cause, kind)
+        if self._connection is not None:
+            self._connection.close()
+
+    def close(self, cause: str, kind: str = "removed") -> None:
         """Hang up for good; reports ``link_down`` before it returns if the link was up."""
         self._task.cancel()
-        self._down(cause)
+        self._down(cause, kind)
 
     # ------------------------------------------------------------------ the task
 
     async def _keep(self) -> None:
         pause_s = REDIAL_PAUSE_S_MIN
         while True:
+            self._was_cut = False
             try:
-                cause = await self._run()
+                cause, kind = await self._run(), "closed"
                 pause_s = REDIAL_PAUSE_S_MIN
             except (OSError, TimeoutError, ProtocolError) as error:
                 cause = str(error) or type(error).__name__
+                kind = "protocol" if isinstance(error, ProtocolError) else "closed"
             if self.up:
-                self._down(cause)
-            else:
+                self._down(cause, kind)
+            elif not self._was_cut:
                 self._on_refused(self.peer, cause)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, REDIAL_PAUSE_S_MAX)
@@ -88,9 +110,11 @@ class Link:
             facts = await self._attach(connection)
             self._outbox = asyncio.Queue()
             writer = asyncio.get_running_loop().create_task(self._write(connection))
+            self._connection = connection
             self._events.link_up(self, facts)
             self.up = True
             await self._events.room()
+            # To the end of file, or a reset: what a dying worker has sent counts before it is lost.
             while (frame := await connection.recv()) is not None:
                 # No await until its tokens are on their way: what counts as sent must reach the client.
                 self._events.received(self, self._codec.decode(frame))
@@ -128,10 +152,11 @@ class Link:
             try:
                 await connection.send(parts)
             except OSError as error:
-                connection.close()  # the receiving side sees it and reports the link down
+                # Not close(): the receiving side first reads what has come, then sees the end of file.
+                abandon(connection.sock)
                 return str(error)
 
-    def _down(self, cause: str) -> None:
+    def _down(self, cause: str, kind: str) -> None:
         if self.up:
             self.up = False
-            self._events.link_down(self, cause)
+            self._events.link_down(self, cause, kind)

@@ -24,6 +24,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from tarragon.boot import Boot
 from tarragon.gateway import flags, wire
 from tarragon.gateway.admission import Admission, known_parameters
+from tarragon.gateway.authentication import deny_by_default
 from tarragon.gateway.client import Client, RequestFailed
 from tarragon.gateway.control import Control
 from tarragon.gateway.metrics import GatewayCollector
@@ -58,7 +59,7 @@ async def serve(boot: Boot, args: Namespace, listen_address: str, sock: Any) -> 
         route for route in app.router.routes if getattr(route, "path", None) not in ROUTES_REMOVED
     ]
     # Appended, not added: the innermost middleware runs after authentication.
-    app.user_middleware.append(admission(boot, client, app))
+    app.user_middleware[:] = [*deny_by_default(app.user_middleware), admission(boot, client, app)]
     app.middleware_stack = None  # to be built anew with the first request
     await init_app_state(engine, app.state, args, TASKS)
     control = Control(boot, listen_address, client, on_stop=stop)
@@ -121,7 +122,7 @@ def admission(boot: Boot, client: Client, app: Any) -> Middleware:
         workers=client,
         parameters=known_parameters(app.routes),
         body_bytes_max=config.http_body_bytes_max,
-        texts_max=config.requests_live_max,
+        texts_max=config.texts_per_request_max,
         waiting_max=config.request_queue_max,
         wait_s=config.attention_unavailable_timeout_s,
     )

@@ -11,6 +11,10 @@ from tarragon.native.ops import (
     linear,
     load,
     pack_linear,
+    probe_adopt,
+    probe_counters,
+    probe_start,
+    probe_stop,
     replay,
     scatter_batch,
 )
@@ -23,6 +27,10 @@ __all__ = [
     "linear",
     "load",
     "pack_linear",
+    "probe_adopt",
+    "probe_counters",
+    "probe_start",
+    "probe_stop",
     "replay",
     "scatter_batch",
 ]

@@ -222,3 +222,40 @@ def scatter_batch(
     """
     load()
     torch.ops.tarragon.scatter_batch.default(batch, starts, counts, results)
+
+
+# ------------------------------------------------------------------ probes
+
+
+def probe_start(progress: torch.Tensor, epoch: int, channels_max: int) -> None:
+    """Start this process's thread that answers probes; to be called after the fork.
+
+    Args:
+        progress: int64 [1], read (atomically, as unsigned) for every answer; kept alive by the thread.
+        epoch: what probes must name.
+        channels_max: most connections at once.
+
+    Raises:
+        ValueError: the process answers probes already, or an argument is out of range.
+    """
+    load()
+    torch.ops.tarragon.probe_start.default(progress, epoch, channels_max)
+
+
+def probe_stop() -> None:
+    """End that thread and close its channels; harmless when there is none."""
+    load()
+    torch.ops.tarragon.probe_stop.default()
+
+
+def probe_adopt(fd: int) -> None:
+    """Answer probes that come in on the socket ``fd``, which is taken over. ValueError: without a thread."""
+    load()
+    torch.ops.tarragon.probe_adopt.default(fd)
+
+
+def probe_counters() -> tuple[int, int, int]:
+    """Probes answered, channels refused or closed for what they sent, channels open."""
+    load()
+    answered, refused, channels = torch.ops.tarragon.probe_counters.default()
+    return answered, refused, channels

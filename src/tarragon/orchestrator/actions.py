@@ -32,6 +32,14 @@ class Disconnect:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """Probe this incarnation now: a peer suspects it."""
+
+    worker_id: str
+    epoch: int
+
+
+@dataclass(frozen=True)
 class Note:
     """Something that a person may want to know."""
 
@@ -41,4 +49,4 @@ class Note:
     text: str
 
 
-Action = SendTo | ToAgent | Disconnect | Note
+Action = SendTo | ToAgent | Disconnect | Verify | Note

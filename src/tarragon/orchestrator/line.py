@@ -18,6 +18,11 @@ class Line:
         self._queue: asyncio.Queue[Control] = asyncio.Queue(queue_max)
         self._writer = asyncio.get_running_loop().create_task(self._write_forever())
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits to be sent."""
+        return self._queue.empty()
+
     def send(self, message: Control) -> None:
         """Queue ``message``; a full queue ends the connection, as its peer has not listened for long."""
         try:

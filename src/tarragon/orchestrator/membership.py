@@ -55,6 +55,8 @@ class Worker:
     """Said hello, and its connection still stands."""
     pid: int = 0
     address: str = ""
+    served: bool = False
+    """Adopted, and ready already under a former orchestrator."""
     ready: Ready | None = None
     ready_s: float | None = None
     """When it became ready first."""
@@ -150,6 +152,7 @@ class Membership:
         assert hello.epoch >> EPOCH_COUNTER_BITS < self.generation
         worker = Worker(hello.worker_id, hello.role, hello.epoch, started_s=now_s, connected=True)
         worker.pid, worker.address, worker.heard_s = hello.pid, hello.address, now_s
+        worker.served = hello.was_ready
         self.workers[hello.worker_id] = worker
         return worker
 
@@ -221,6 +224,17 @@ class Membership:
         if worker.probes_missed < self._probe_misses_max:
             return None
         return self._die(worker, f"suspected ({worker.cause}) and silent")
+
+    def withdrawn(self, worker_id: str, epoch: int, by: Incarnation) -> None:
+        """That peer is connected to the worker again."""
+        worker = self.current(worker_id, epoch)
+        if worker is not None:
+            worker.suspected_by.discard(by)
+
+    def unresponsive(self, worker_id: str, epoch: int, cause: str) -> Transition | None:
+        """The worker's process is there, but does not answer the orchestrator, or does no work."""
+        worker = self.current(worker_id, epoch)
+        return None if worker is None or not worker.serving else self._die(worker, cause)
 
     def too_late(self, worker_id: str, epoch: int, cause: str) -> Transition | None:
         """The worker did not become ready in time."""

@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,23 +18,27 @@ from typing import Any, Final
 
 from tarragon.boot import Boot
 from tarragon.messages import (
+    Alive,
     Control,
     Hello,
     Peer,
     ProtocolError,
     Refused,
+    Report,
     SignalWorker,
     WorkerExited,
     WorkerStarted,
 )
 from tarragon.models.shape import ModelError, read_model
-from tarragon.orchestrator.actions import Action, Disconnect, Note, SendTo, ToAgent
+from tarragon.observability.history import History
+from tarragon.orchestrator.actions import Action, Disconnect, Note, SendTo, ToAgent, Verify
 from tarragon.orchestrator.adoption import Adoption
 from tarragon.orchestrator.commands import Commands
 from tarragon.orchestrator.events import Events
 from tarragon.orchestrator.line import Line
 from tarragon.orchestrator.membership import EPOCH_COUNTER_BITS
 from tarragon.orchestrator.planning import ExpertShape
+from tarragon.orchestrator.probing import Prober
 from tarragon.orchestrator.recovery import PREFIXES, Recovery
 from tarragon.orchestrator.snapshot import faults, routes, status
 from tarragon.orchestrator.status import AddressError, StatusServer
@@ -41,6 +46,8 @@ from tarragon.routing.placement import PlacementError
 from tarragon.transport.local import AsyncConnection, serve_async
 
 AGENT: Final = "agent"
+BEATS: Final = 10
+"""Signs of life within the time of silence after which the node agent replaces us."""
 EXIT_USAGE: Final = 2
 """Exit code for what the user has to change: a port in use, a model that does not fit."""
 
@@ -63,7 +70,7 @@ async def _run(boot: Boot) -> int:
     try:
         model = read_model(boot.model)
         shape = ExpertShape(len(model.moe_layers), model.experts, model.expert_bytes)
-        return await Orchestrator(boot, shape).run()
+        return await Orchestrator(boot, shape, pairs_per_token=shape.layers * model.top_k).run()
     except (ModelError, PlacementError, AddressError) as error:
         print(f"tarragon: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -72,14 +79,20 @@ async def _run(boot: Boot) -> int:
 class Orchestrator:
     """Carries events to recovery and its actions to the world."""
 
-    def __init__(self, boot: Boot, shape: ExpertShape) -> None:
+    def __init__(self, boot: Boot, shape: ExpertShape, *, pairs_per_token: int) -> None:
         """Raises PlacementError if the experts do not fit on the configured workers."""
         generation = boot.epoch >> EPOCH_COUNTER_BITS
         self._boot, self._config = boot, boot.config
         self._recovery = Recovery(boot.config, shape, generation)
         self._commands = Commands(self._recovery)
         self._events = Events(boot.config.events_max)
+        self._history = History(
+            samples_max=boot.config.history_samples_max,
+            report_interval_s=boot.config.report_interval_ms / 1e3,
+            pairs_per_token=pairs_per_token,
+        )
         self._adoption = Adoption(generation) if generation > 1 else None
+        self._prober = Prober(boot, self._on_probe_answered, self._on_probe_failed)
         self._lines: dict[str, Line] = {}
         self._agent: Line | None = None
         self._has_begun = asyncio.Event()
@@ -102,6 +115,8 @@ class Orchestrator:
             )
             loop.call_later(config.connect_timeout_s, self._give_up_without_agent)
             self._tick()
+            self._beat()
+            self._sample()
             code = await self._end
             server.close()
             await server.wait_closed()
@@ -109,6 +124,7 @@ class Orchestrator:
         except OSError as error:
             raise AddressError(f"the orchestrator's socket cannot be opened: {error}") from error
         finally:
+            self._prober.close()
             for line in [*self._lines.values(), *([self._agent] if self._agent else [])]:
                 line.close()
             await api.close()
@@ -161,6 +177,9 @@ class Orchestrator:
             if not await self._welcome(line, hello):
                 return
             while (message := await line.receive()) is not None:
+                known = self._recovery.membership.is_connected(hello.worker_id, hello.epoch)
+                if known and isinstance(message, Report):
+                    self._history.report(hello.worker_id, hello.epoch, message.counters, self._now_s())
                 actions = self._recovery.receive(hello.worker_id, hello.epoch, message, self._now_s())
                 self._carry_out(actions)
         finally:
@@ -205,6 +224,8 @@ class Orchestrator:
                 case SendTo(worker_id, epoch, message):
                     if (line := self._line(worker_id, epoch)) is not None:
                         line.send(message)
+                case Verify(worker_id, epoch):
+                    self._prober.verify(worker_id, epoch)
                 case Disconnect(worker_id, epoch):
                     if (line := self._line(worker_id, epoch)) is not None:
                         line.close()
@@ -229,7 +250,36 @@ class Orchestrator:
     def _tick(self) -> None:
         if self._has_begun.is_set():
             self._carry_out(self._recovery.tick(self._now_s()))
+            workers = self._recovery.membership.workers.values()
+            self._prober.tick([worker.peer for worker in workers if worker.serving and worker.connected])
         asyncio.get_running_loop().call_later(self._config.orchestrator_tick_ms / 1e3, self._tick)
+
+    def _on_probe_answered(self, worker_id: str, epoch: int) -> None:
+        """A suspect is well, as far as we can see: who suspects it goes on without it, and nobody else."""
+        moved = self._recovery.membership.heard(worker_id, epoch, self._now_s())
+        self._carry_out(self._recovery.moved(moved, "it answers the orchestrator"))
+
+    def _on_probe_failed(self, worker_id: str, epoch: int, cause: str) -> None:
+        moved = self._recovery.membership.unresponsive(worker_id, epoch, cause)
+        self._carry_out(self._recovery.died(moved, self._now_s()))
+
+    def _beat(self) -> None:
+        """Give the node agent a sign of life, again and again; one that is busy gets them later, not all."""
+        if self._agent is not None and self._agent.is_idle:
+            self._agent.send(Alive())
+        interval_s = self._config.orchestrator_silence_s / BEATS
+        asyncio.get_running_loop().call_later(interval_s, self._beat)
+
+    def _sample(self) -> None:
+        """Take a sample for /history, again and again."""
+        live = [worker for worker in self._recovery.membership.workers.values() if worker.serving]
+        self._history.sample(
+            [worker.worker_id for worker in live if worker.role == "attention"],
+            [worker.worker_id for worker in live if worker.role == "expert"],
+            self._now_s(),
+            time.time(),
+        )
+        asyncio.get_running_loop().call_later(self._config.history_interval_ms / 1e3, self._sample)
 
     def _finish(self, code: int) -> None:
         if not self._end.done():
@@ -256,6 +306,13 @@ class Orchestrator:
 
     def events(self, limit: int, after: int) -> dict[str, Any]:
         return {"events": self._events.latest(limit, after)}
+
+    def history(self, after: int) -> dict[str, Any]:
+        return {
+            "interval_ms": self._config.history_interval_ms,
+            "samples_max": self._config.history_samples_max,
+            "samples": self._history.latest(after),
+        }
 
     def faults(self) -> dict[str, Any]:
         return faults(self._recovery)

@@ -45,15 +45,17 @@ from tarragon.orchestrator.membership import (
     Worker,
 )
 from tarragon.orchestrator.planning import ExpertShape, Planner
-from tarragon.orchestrator.relations import judges_of, peers_of
+from tarragon.orchestrator.relations import peers_of
 from tarragon.orchestrator.residency import NO_VERSION, Order, Residency, Step
 from tarragon.orchestrator.restarts import Restarts
+from tarragon.orchestrator.suspicions import judge
 from tarragon.routing.placement import Placement, PlacementError
 from tarragon.routing.table import unreachable
 
 WorkerRole = Literal["attention", "expert"]
 PREFIXES: Final[dict[WorkerRole, str]] = {"attention": "aw", "expert": "ew"}
 GATEWAY: Final = "gateway"
+STORE: Final = "store"
 
 
 @dataclass
@@ -132,6 +134,7 @@ class Recovery:
         wanted: list[tuple[str, Role]] = [(GATEWAY, "gateway")]
         wanted += [(f"aw-{i}", "attention") for i in range(self.config.attention_workers)]
         wanted += [(f"ew-{i}", "expert") for i in range(self.config.expert_workers)]
+        wanted.append((STORE, "store"))  # last: it is up long before anybody else is ready
         step = self.residency.step()
         for worker in list(self.membership.workers.values()):
             actions += [note(worker, "adopted", f"pid {worker.pid}"), self._welcome(worker, step)]
@@ -225,16 +228,8 @@ class Recovery:
         return self.moved(moved, f"after {now_s - worker.started_s:.1f} s") + self.settle(now_s)
 
     def _on_suspicion(self, reporter: Worker, message: Suspicion, now_s: float) -> list[Action]:
-        suspect = self.membership.workers.get(message.suspect_id)
-        judges = set() if suspect is None else judges_of(suspect, reporter, self.membership)
-        moved = self.membership.suspected(
-            message.suspect_id,
-            message.suspect_epoch,
-            (reporter.worker_id, reporter.epoch),
-            message.cause,
-            judges,
-        )
-        return self.died(moved, now_s)
+        moved, verify = judge(message, reporter, self.membership)
+        return [*self.died(moved, now_s), *verify]
 
     def _on_empty(self, worker_id: str, now_s: float) -> list[Action]:
         leave = self.leaving.get(worker_id)

@@ -11,13 +11,17 @@ _TALKS_TO: Final[dict[Role, tuple[Role, ...]]] = {
     "gateway": ("attention",),
     "expert": ("attention",),
     "attention": ("gateway", "expert", "store"),
+    "store": ("attention",),
 }
 
 
 def peers_of(worker: Worker, membership: Membership) -> list[Peer]:
-    """Whom the worker may talk to. The gateway hears of an attention worker once that one is ready."""
+    """Whom the worker may talk to. The gateway hears of an attention worker once that one is ready.
+
+    Or was: what the gateway does not hear of it gives up, and an adopted worker has its requests.
+    """
     others = membership.by_role(*_TALKS_TO.get(worker.role, ()))
-    return [w.peer for w in others if w.connected and (w.serving or worker.role != "gateway")]
+    return [w.peer for w in others if w.connected and (w.serving or w.served or worker.role != "gateway")]
 
 
 def judges_of(suspect: Worker, reporter: Worker, membership: Membership) -> set[Incarnation]:

@@ -17,21 +17,23 @@ _FAULT_STATUS: Final[dict[WorkerState, str]] = {
     "suspect": "unhealthy",
     "dead": "dead",
 }
-UNPROTECTED: Final = "no checkpoint store runs: requests of a failed attention worker are computed again"
+BUCKET: Final = "bucket"
+"""Counter of an attention worker: 1 while its rows reach the checkpoint store's memory."""
+NO_STORE: Final = "no checkpoint store runs: requests of a failed attention worker are computed again"
 
 
 def status(recovery: Recovery, me: Peer, now_s: float) -> dict[str, Any]:
     """The body of GET /status. ``me`` is the orchestrator itself."""
     table = recovery.residency.table
     total = sum(len(row) for row in table.candidates)
-    reason = inexact_reason(recovery.membership)
+    reason, unprotected = inexact_reason(recovery.membership), unprotected_reason(recovery)
     return {
         "ready": recovery.ready,
         "full_capacity": recovery.full_capacity,
         "exact": not reason,
         "exact_reason": reason,
-        "protected": False,
-        "protected_reason": UNPROTECTED,
+        "protected": not unprotected,
+        "protected_reason": unprotected,
         "ert_version": table.version,
         "workers": [_orchestrator(me), *(_worker(recovery, w, now_s) for w in _ordered(recovery))],
         "experts": {
@@ -63,6 +65,18 @@ def inexact_reason(membership: Membership) -> str:
             if fingerprint != prints[first]:
                 return f"{first} and {worker_id} differ: {prints[first]!r}, {fingerprint!r}"
     return ""
+
+
+def unprotected_reason(recovery: Recovery) -> str:
+    """Why the death of an attention worker would cost more than a restoration; "" if it would not."""
+    membership = recovery.membership
+    if not any(worker.state == "healthy" for worker in membership.by_role("store")):
+        return NO_STORE
+    serving = [worker for worker in membership.by_role("attention") if worker.serving]
+    if not serving:
+        return "no attention worker is ready"
+    without = [w.worker_id for w in serving if recovery.counters.get(w.worker_id, {}).get(BUCKET) != 1.0]
+    return f"without checkpoints: {', '.join(without)}" if without else ""
 
 
 def routes(table: Table) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The HTTP interface for operators, on loopback only: who may ask what, and in which form.
 
 Every route that is not listed here is denied, and every error is a JSON object whose ``error`` is one
-sentence. A web page must not reach this server through its visitor's browser: the Host header has to name
-this machine (a rebound DNS name does not), and a POST has to be declared as JSON (which a form cannot).
+sentence. A foreign web page must not reach this server through its visitor's browser: the Host header has
+to name this machine (a rebound DNS name does not), a page that asks has to come from here (Origin and
+Sec-Fetch-Site say so), and a POST has to be declared as JSON (which a form cannot).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import msgspec
 from aiohttp import web
 
 from tarragon.config import Config
+from tarragon.observability import dashboard
 from tarragon.orchestrator.membership import MembershipError, UnknownWorkerError
 from tarragon.routing.placement import PlacementError
 
@@ -26,6 +28,7 @@ SIGNALS: Final = ("KILL", "TERM", "INT", "STOP", "CONT", "ABRT", "SEGV", "BUS", 
 INSTRUCTIONS: Final = ("retry", "restart", "scale_down")
 # A compressed body could be far longer than it says; nobody needs one here.
 _HTTP_OPTIONS: Final[dict[str, Any]] = {"access_log": None, "auto_decompress": False, "lingering_time": 1.0}
+_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 class Operations(Protocol):
@@ -34,6 +37,7 @@ class Operations(Protocol):
     def status(self) -> dict[str, Any]: ...
     def table(self) -> dict[str, Any]: ...
     def events(self, limit: int, after: int) -> dict[str, Any]: ...
+    def history(self, after: int) -> dict[str, Any]: ...
     def faults(self) -> dict[str, Any]: ...
     def kill(self, worker_id: str, number: int) -> dict[str, Any]: ...
     def drain(self, worker_id: str) -> dict[str, Any]: ...
@@ -96,10 +100,13 @@ class StatusServer:
         self._operations = operations
         self._config = config
         self._runner: web.ServerRunner | None = None
+        self._assets = dashboard.load()
         self._routes: Mapping[str, Mapping[str, _Route]] = {
+            **dict.fromkeys(self._assets, {"GET": self._asset}),
             "/status": {"GET": self._status},
             "/table": {"GET": self._table},
             "/events": {"GET": self._events},
+            "/history": {"GET": self._history},
             "/kill": {"POST": self._kill},
             "/drain": {"POST": self._drain},
             "/add": {"POST": self._add},
@@ -144,6 +151,8 @@ class StatusServer:
         """The handler of a request that may be answered; raises Denied."""
         if not is_loopback(_host_name(request.headers)):
             raise Denied(HTTPStatus.FORBIDDEN, "the Host header must name this machine, such as localhost")
+        if not _from_here(request.headers):
+            raise Denied(HTTPStatus.FORBIDDEN, "a page from elsewhere must not ask the status API")
         methods = self._routes.get(request.path)
         if methods is None:
             raise Denied(HTTPStatus.NOT_FOUND, f"there is nothing at {request.path[:200]}")
@@ -156,6 +165,13 @@ class StatusServer:
 
     # ------------------------------------------------------------------ routes
 
+    async def _asset(self, request: web.BaseRequest) -> web.Response:
+        asset = self._assets[request.path]
+        headers = {**_HEADERS, **dashboard.SECURITY_HEADERS}
+        return web.Response(
+            body=asset.body, content_type=asset.content_type, charset="utf-8", headers=headers
+        )
+
     async def _status(self, request: web.BaseRequest) -> web.Response:
         return _json(self._operations.status())
 
@@ -165,6 +181,9 @@ class StatusServer:
     async def _events(self, request: web.BaseRequest) -> web.Response:
         limit = _number(request.query, "limit", self._config.events_max)
         return _json(self._operations.events(limit, _number(request.query, "after", 0)))
+
+    async def _history(self, request: web.BaseRequest) -> web.Response:
+        return _json(self._operations.history(_number(request.query, "after", 0)))
 
     async def _faults(self, request: web.BaseRequest) -> web.Response:
         return _json(self._operations.faults())
@@ -263,6 +282,19 @@ def _host_name(headers: Mapping[str, str]) -> str:
     return host.partition(":")[0]
 
 
+def _from_here(headers: Mapping[str, str]) -> bool:
+    """Whether a page of this server asks, or no page at all: other programs send none of these headers.
+
+    Following a link is fine too, wherever it is: the answer shows itself to the person alone. (A form that
+    is sent from elsewhere names its Origin.)
+    """
+    origin = headers.get("Origin")
+    if origin is not None and origin != f"http://{headers.get('Host', '')}":
+        return False
+    site, mode = headers.get("Sec-Fetch-Site", "none"), headers.get("Sec-Fetch-Mode", "")
+    return site in ("same-origin", "none") or mode == "navigate"
+
+
 def _number(query: Mapping[str, str], name: str, default: int) -> int:
     text = query.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
@@ -271,5 +303,4 @@ def _number(query: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _json(body: dict[str, Any], status: HTTPStatus = HTTPStatus.OK) -> web.Response:
-    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-    return web.json_response(body, status=status, headers=headers)
+    return web.json_response(body, status=status, headers=_HEADERS)

@@ -17,55 +17,33 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tarragon import native
 from tarragon.config import Config
 from tarragon.messages import DataFlag, DataFrame, DataKind, Peer, RefusalReason, Table
+from tarragon.refe.counters import Counters
 from tarragon.refe.exchange import Exchange, Send
+from tarragon.refe.links import Links, NewLink, NewTable, Post
 from tarragon.routing.table import candidate_array, owner_array
-from tarragon.transport.link import DataLink
 
 
 class ExpertUnreachable(RuntimeError):
     """No live worker hosts a selected expert, and none came within the limit."""
 
 
-class NewTable(NamedTuple):
-    table: Table
+class Layer(NamedTuple):
+    """One layer's work: the rows, where they go, and where each (token, expert) pair lies by now."""
 
-
-class NewLink(NamedTuple):
-    peer: Peer
-    link: DataLink
-
-
-class LinkDown(NamedTuple):
-    """The control thread saw that this incarnation is gone or hangs."""
-
-    worker_id: str
-    epoch: int
-    cause: str
-
-
-Post = NewTable | NewLink | LinkDown
-
-
-class Counters:
-    """What REFE did since it started; read by the control thread for reports."""
-
-    def __init__(self) -> None:
-        self.layers = 0
-        self.pairs = 0
-        self.replayed_pairs = 0
-        self.links_lost = 0
-        self.stale_frames = 0
-        self.dispatch_s = 0.0
-        self.wait_s = 0.0
-        self.combine_s = 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        return {name: float(value) for name, value in vars(self).items()}
+    position: int
+    expert_ids: torch.Tensor
+    """int32 [T, K]."""
+    rows: torch.Tensor
+    """[T, H]."""
+    pair_slot: torch.Tensor
+    pair_row: torch.Tensor
+    """int32 [T * K], as ``native.dispatch`` writes them."""
 
 
 class Refe:
@@ -94,28 +72,28 @@ class Refe:
         self.epoch = epoch
         self.config = config
         self.counters = Counters()
-        self._on_lost = on_lost
+        self.progress: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
+        """Counts layers and waits for experts: whoever probes this worker sees that it works."""
         self._on_table = on_table
         self._posts: deque[Post] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poll = select.epoll()
+        self._links = Links(config, on_lost)
+        self._poll = self._links.poll
         self._poll.register(self._wake_fd, select.EPOLLIN)
-        self._links: list[DataLink | None] = []
-        self._peers: list[Peer] = []
-        self._live: list[int] = []
-        self._slot_by_fd: dict[int, int] = {}
-        self._rows: list[torch.Tensor] = []
-        self._ids: list[torch.Tensor] = []
-        self._results: list[torch.Tensor] = []
+        self._silence_s = config.probe_silence_ms / 1e3
         self._table: Table | None = None
         self._candidates = np.empty((0, 0, 0), dtype=np.int32)
         self._owners = torch.full((layers, experts), -1, dtype=torch.int32)
         self._pair_slot = torch.empty(pairs_max, dtype=torch.int32)
         self._pair_row = torch.empty(pairs_max, dtype=torch.int32)
         self._exchange = Exchange()
+        self._placed = False
+        """A layer's rows lie in the regions: those of dead links as well are still referred to."""
         self._step = 0
         self._flags = DataFlag.NONE
         self._in_step = False
+        self.on_gap: Callable[[], None] = lambda: None
+        """Called once a layer, when its rows are out and the answers are not yet in (6.1)."""
 
     # ------------------------------------------------------------------ from the control thread
 
@@ -133,6 +111,7 @@ class Refe:
     def begin_step(self, tokens: int, *, continues: bool) -> None:
         """Announce a forward pass over ``tokens`` rows; ``continues``: another step will follow at once."""
         self.take_posts()
+        self.progress[0] += 1
         self._step += 1
         self._flags = DataFlag.NONE
         if tokens * self.top_k > self.config.decode_pairs_max:
@@ -148,10 +127,9 @@ class Refe:
             self._announce(DataKind.STEP_END)
 
     def _announce(self, kind: DataKind) -> None:
-        for slot in list(self._live):
-            self._send(
-                slot, DataFrame(kind, 0, self.epoch, self._peers[slot].epoch, 0, self._step, self._flags)
-            )
+        for slot in list(self._links.live):
+            epoch = self._links.peers[slot].epoch
+            self._send(slot, DataFrame(kind, 0, self.epoch, epoch, 0, self._step, self._flags))
 
     # ------------------------------------------------------------------ one layer
 
@@ -177,90 +155,121 @@ class Refe:
         Raises:
             ExpertUnreachable: an expert stayed without a live host beyond the limit.
         """
-        start = time.perf_counter()
+        start = time.monotonic()
         self.take_posts()
+        self.progress[0] += 1
         pairs = expert_ids.numel()
-        pair_slot, pair_row = self._pair_slot[:pairs], self._pair_row[:pairs]
-        counts = self._dispatch(layer_id, expert_ids, token_embeddings, pair_slot, pair_row)
-        sent = time.perf_counter()
-        self._begin_exchange(layer_id, counts, expert_ids, token_embeddings, pair_slot, pair_row)
-        self._collect(layer_id, expert_ids, token_embeddings, pair_slot, pair_row)
-        collected = time.perf_counter()
+        work = Layer(layer_id, expert_ids, token_embeddings, self._pair_slot[:pairs], self._pair_row[:pairs])
+        try:
+            counts = self._dispatch(work)
+            self._placed = True
+            sent = time.monotonic()
+            self._begin_exchange(work, counts)
+            self.on_gap()
+            self._collect(work, sent)
+        except ExpertUnreachable:
+            self.counters.steps_unreachable += 1
+            self._abandon(layer_id)
+            raise
+        finally:
+            self._placed = False
+        collected = time.monotonic()
         out = torch.empty_like(token_embeddings)
-        native.combine(self._results, pair_slot, pair_row, router_weights, out)
+        native.combine(self._links.results, work.pair_slot, work.pair_row, router_weights, out)
         counters = self.counters
         counters.layers += 1
         counters.pairs += pairs
         counters.dispatch_s += sent - start
         counters.wait_s += collected - sent
-        counters.combine_s += time.perf_counter() - collected
+        counters.combine_s += time.monotonic() - collected
         return out
 
-    def _dispatch(
-        self,
-        layer: int,
-        expert_ids: torch.Tensor,
-        rows: torch.Tensor,
-        pair_slot: torch.Tensor,
-        pair_row: torch.Tensor,
-    ) -> list[int]:
-        deadline = 0.0
+    def _dispatch(self, work: Layer) -> list[int]:
+        """Put the rows into the regions of their experts' hosts; returns how many lie in each slot's."""
+        deadline, links = 0.0, self._links
         while True:
-            counts = torch.zeros(len(self._links), dtype=torch.int32)
-            reachable = native.dispatch(
-                rows, expert_ids, self._owners[layer], self._rows, self._ids, pair_slot, pair_row, counts
-            )
+            counts = torch.zeros(len(links), dtype=torch.int32)
+            placed = (work.pair_slot, work.pair_row, counts)
+            owners = self._owners[work.position]
+            reachable = native.dispatch(work.rows, work.expert_ids, owners, links.rows, links.ids, *placed)
             if reachable:
                 return counts.tolist()
             deadline = deadline or time.monotonic() + self.config.expert_unreachable_timeout_s
-            self._wait_for_posts(layer, deadline)
+            self._wait_for_posts(work.position, deadline)
 
-    def _begin_exchange(
-        self,
-        layer: int,
-        counts: list[int],
-        expert_ids: torch.Tensor,
-        rows: torch.Tensor,
-        pair_slot: torch.Tensor,
-        pair_row: torch.Tensor,
-    ) -> None:
+    def _begin_exchange(self, work: Layer, counts: list[int]) -> None:
         lost: list[int] = []
-        for send in self._exchange.begin(tuple(self._live), counts):
-            if not self._send_rows(layer, send):
+        for send in self._exchange.begin(tuple(self._links.live), counts):
+            if not self._send_rows(work.position, send):
                 lost.append(send.slot)
         for slot in lost:
-            self._replay(layer, slot, expert_ids, rows, pair_slot, pair_row)
+            self._replay(work, slot)
 
-    def _collect(
-        self,
-        layer: int,
-        expert_ids: torch.Tensor,
-        rows: torch.Tensor,
-        pair_slot: torch.Tensor,
-        pair_row: torch.Tensor,
-    ) -> None:
+    def _collect(self, work: Layer, sent_s: float) -> None:
+        """Take answers until none is owed; while they come in time, nothing is asked of anybody."""
         exchange = self._exchange
+        late_s = sent_s + self._silence_s
         while not exchange.done:
-            for fd, _ in self._poll.poll():
-                slot = self._slot_by_fd.get(fd)
-                if slot is None:
-                    for dead in self.take_posts():
-                        self._replay(layer, dead, expert_ids, rows, pair_slot, pair_row)
-                    continue
-                link = self._links[slot]
-                if link is None:
-                    continue
-                for frame in link.recv_ready():
-                    follow_up = self._take_answer(layer, slot, frame)
-                    if follow_up is not None and not self._send_rows(layer, follow_up):
-                        self._replay(layer, slot, expert_ids, rows, pair_slot, pair_row)
-                if link.eof:
-                    self._drop(slot, "connection closed")
-                if self._links[slot] is None:
-                    self._replay(layer, slot, expert_ids, rows, pair_slot, pair_row)
+            lost: list[int] = []
+            for fd, _ in self._poll.poll(max(0.0, late_s - time.monotonic())):
+                lost += self._serve(work.position, fd)
+            if not exchange.done and time.monotonic() >= late_s:
+                late_s, hung = self._question(sent_s)
+                lost += hung
+            for dead in lost:
+                self._replay(work, dead)
+                late_s = min(late_s, time.monotonic() + self._silence_s)  # the replay is owed as well
+
+    def _serve(self, layer: int, fd: int) -> list[int]:
+        """Take up what arrived on one descriptor; returns slots that died with it."""
+        links = self._links
+        slot = links.at(fd)
+        if slot is None:
+            return self.take_posts() if fd == self._wake_fd else []
+        link = links.get(slot)
+        assert link is not None
+        for frame in link.recv_ready():
+            follow_up = self._take_answer(layer, slot, frame)
+            if follow_up is not None:
+                self._send_rows(layer, follow_up)
+        if link.eof:
+            self._drop(slot, "connection closed")
+        return [slot] if links.get(slot) is None else []
+
+    def _question(self, sent_s: float) -> tuple[float, list[int]]:
+        """Answers are late: probe who owes them. Returns when to ask again, and slots that died."""
+        self.progress[0] += 1
+        wake_us, lost = self._links.question(sorted(self._exchange.owing), int(sent_s * 1e6))
+        self.counters.probes = self._links.probes_sent
+        for slot, cause in lost:
+            self.counters.links_hung += 1
+            self._drop(slot, cause)
+        return wake_us / 1e6, [slot for slot, _ in lost]
+
+    def _abandon(self, layer: int) -> None:
+        """End the layer without its result: what is still owed is waited for, and goes nowhere.
+
+        An expert worker holds one frame of this worker at a time, so the next step begins when all are back.
+        """
+        exchange = self._exchange
+        sent_s = time.monotonic()
+        late_s = sent_s + self._silence_s
+        exchange.abandon()
+        for slot in exchange.owing:
+            if self._links.get(slot) is None:
+                exchange.lost(slot)
+        while not exchange.done:
+            lost: list[int] = []
+            for fd, _ in self._poll.poll(max(0.0, late_s - time.monotonic())):
+                lost += self._serve(layer, fd)
+            if not exchange.done and time.monotonic() >= late_s:
+                late_s, hung = self._question(sent_s)
+                lost += hung
+            for dead in lost:
+                exchange.lost(dead)
 
     def _take_answer(self, layer: int, slot: int, frame: DataFrame) -> Send | None:
-        peer = self._peers[slot]
+        peer = self._links.peers[slot]
         if frame.sender_epoch != peer.epoch or frame.receiver_epoch != self.epoch or frame.step != self._step:
             self.counters.stale_frames += 1
             return None
@@ -273,47 +282,37 @@ class Refe:
         self.counters.stale_frames += 1
         return None
 
-    def _replay(
-        self,
-        layer: int,
-        dead: int,
-        expert_ids: torch.Tensor,
-        rows: torch.Tensor,
-        pair_slot: torch.Tensor,
-        pair_row: torch.Tensor,
-    ) -> None:
+    def _replay(self, work: Layer, dead: int) -> None:
         """Re-dispatch what the dead link owed to the next candidates, as priority frames (5.1)."""
         pending = deque([dead])
-        deadline = 0.0
+        deadline, links, exchange = 0.0, self._links, self._exchange
         while pending:
             slot = pending.popleft()
-            if not self._exchange.lost(slot):
+            if not exchange.lost(slot):
                 continue
             while True:
-                counts = torch.zeros(len(self._links), dtype=torch.int32)
-                starts = torch.tensor(
-                    [self._exchange.rows_of(s) for s in range(len(self._links))], dtype=torch.int32
-                )
+                counts = torch.zeros(len(links), dtype=torch.int32)
+                starts = torch.tensor([exchange.rows_of(s) for s in range(len(links))], dtype=torch.int32)
                 reachable = native.replay(
-                    rows,
-                    expert_ids,
-                    self._owners[layer],
+                    work.rows,
+                    work.expert_ids,
+                    self._owners[work.position],
                     slot,
-                    self._rows,
-                    self._ids,
+                    links.rows,
+                    links.ids,
                     starts,
-                    pair_slot,
-                    pair_row,
+                    work.pair_slot,
+                    work.pair_row,
                     counts,
                 )
                 if reachable:
                     break
                 deadline = deadline or time.monotonic() + self.config.expert_unreachable_timeout_s
-                pending.extend(self._wait_for_posts(layer, deadline))
+                pending.extend(self._wait_for_posts(work.position, deadline))
             moved = counts.tolist()
             self.counters.replayed_pairs += sum(moved)
-            for send in self._exchange.replay(moved):
-                if not self._send_rows(layer, send):
+            for send in exchange.replay(moved):
+                if not self._send_rows(work.position, send):
                     pending.append(send.slot)
 
     # ------------------------------------------------------------------ links and tables
@@ -331,67 +330,46 @@ class Refe:
                 self._table, self._candidates = item.table, candidate_array(item.table)
                 self._on_table(item.table.version)
             elif isinstance(item, NewLink):
-                self._add(item.peer, item.link)
+                self._add(item)
             else:
-                for slot in list(self._live):
-                    peer = self._peers[slot]
-                    if (peer.worker_id, peer.epoch) == (item.worker_id, item.epoch):
-                        self._drop(slot, item.cause)
-                        dead.append(slot)
+                slot = self._links.find(item.worker_id, item.epoch)
+                if slot is not None:
+                    self._drop(slot, item.cause)
+                    dead.append(slot)
         self._resolve()
         return dead
 
     def _wait_for_posts(self, layer: int, deadline: float) -> list[int]:
         """Wait for a table or link that makes the layer's experts reachable; returns slots that died."""
+        self.progress[0] += 1
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise ExpertUnreachable(
-                f"an expert of layer {layer} has had no live host for "
-                f"{self.config.expert_unreachable_timeout_s:.0f} s"
+                f"an expert of layer {layer} has no live host, and none came within "
+                f"{self.config.expert_unreachable_timeout_s:g} s"
             )
         select.select([self._wake_fd], [], [], min(remaining, 0.05))
         return self.take_posts()
 
-    def _add(self, peer: Peer, link: DataLink) -> None:
+    def _add(self, new: NewLink) -> None:
+        workers = [] if self._table is None else self._table.workers
+        if all((peer.worker_id, peer.epoch) != (new.peer.worker_id, new.peer.epoch) for peer in workers):
+            new.probes.close()  # it was declared dead while it was being dialled
+            new.link.close()
+            return
         # Slots of dead links are taken again only between layers, when nothing refers to their rows.
-        slot = next(
-            (s for s, old in enumerate(self._links) if old is None and self._exchange.done), len(self._links)
-        )
-        if slot == len(self._links):
-            self._links.append(link)
-            self._peers.append(peer)
-            self._rows.append(link.region.rows)
-            self._ids.append(link.region.expert_ids)
-            self._results.append(link.region.results)
-        else:
-            self._links[slot], self._peers[slot] = link, peer
-            self._rows[slot], self._ids[slot] = link.region.rows, link.region.expert_ids
-            self._results[slot] = link.region.results
-        self._live.append(slot)
-        self._slot_by_fd[link.fileno()] = slot
-        self._poll.register(link.fileno(), select.EPOLLIN)
+        self._links.add(new, reuse=not self._placed)
 
     def _drop(self, slot: int, cause: str) -> None:
-        link = self._links[slot]
-        if link is None:
-            return
-        self._links[slot] = None
-        self._live.remove(slot)
-        self._poll.unregister(link.fileno())
-        del self._slot_by_fd[link.fileno()]
-        link.close_socket()
-        self.counters.links_lost += 1
-        self._resolve()
-        self._on_lost(self._peers[slot], cause)
+        if self._links.drop(slot, cause):
+            self.counters.links_lost += 1
+            self._resolve()
 
     def _resolve(self) -> None:
         """Recompute who owns what from the table and the links that are up."""
         if self._table is None:
             return
-        slot_of = {(self._peers[s].worker_id, self._peers[s].epoch): s for s in self._live}
-        slots = np.array(
-            [slot_of.get((w.worker_id, w.epoch), -1) for w in self._table.workers], dtype=np.int32
-        )
+        slots = self._links.slots_of(self._table)
         owner = owner_array(self._table, slots >= 0, self._candidates)
         self._owners = torch.from_numpy(np.where(owner >= 0, slots[owner], -1).astype(np.int32))
 
@@ -401,21 +379,18 @@ class Refe:
         flags = self._flags
         if send.replay:
             flags |= DataFlag.PRIORITY
+            if self._links.get(send.slot) is not None:
+                self._links.owes(send.slot)
         if self._continues:
             flags |= DataFlag.CONTINUES
-        peer = self._peers[send.slot]
+        peer = self._links.peers[send.slot]
         frame = DataFrame(
             DataKind.ROWS, layer, self.epoch, peer.epoch, send.pairs, self._step, flags, send.first
         )
         return self._send(send.slot, frame)
 
     def _send(self, slot: int, frame: DataFrame) -> bool:
-        link = self._links[slot]
-        if link is None:
-            return False
-        try:
-            link.send(frame)
-        except ConnectionError:
-            self._drop(slot, "connection closed")
-            return False
-        return True
+        if self._links.send(slot, frame):
+            return True
+        self._drop(slot, "connection closed")
+        return False

@@ -54,6 +54,10 @@ class Exchange:
         self._next_row = {slot: counts[slot] for slot in slots}
         return [Send(slot, 0, counts[slot], False) for slot in slots]
 
+    def abandon(self) -> None:
+        """The layer is given up: answers are still awaited, but no replay follows them."""
+        self._waiting.clear()
+
     def answered(self, slot: int) -> Send | None:
         """An answer came in; returns the replay that was waiting for it, if any."""
         if slot not in self._owing:

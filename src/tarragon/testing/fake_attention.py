@@ -1,18 +1,22 @@
 """An attention worker without an engine: it speaks the gateway's protocol and makes up tokens.
 
-Token ``i`` of a text depends on its prompt and seed only, so any two of these workers give the same text.
+Token ``i`` of a text depends on its prompt and seed only, so any two of these workers give the same text,
+and one goes on behind the tokens that another has sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import zlib
+from contextlib import suppress
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 
 from tarragon.gateway import wire
+from tarragon.messages import ProbeAccepted, ProbeOpen
 from tarragon.transport.local import AsyncConnection, AsyncServer, serve_async
+from tarragon.transport.probe import ANSWER, PROBE_FRAME_BYTES, pack_probe, probe_open
 
 
 def token(request: EngineCoreRequest, position: int, vocabulary: int) -> int:
@@ -35,6 +39,12 @@ class FakeAttention:
         self.attached: list[wire.Attach] = []
         self.frozen = False
         """While set, no tokens come; requests are taken all the same."""
+        self.stopped = False
+        """While set, probes are not answered either."""
+        self.progress = 0
+        """What probes are told."""
+        self.probes = 0
+        self.probers: list[AsyncConnection] = []
         self.connection: AsyncConnection | None = None
         self._codec = wire.Codec(wire.FROM_GATEWAY)
         self._running: dict[str, tuple[wire.Add, int]] = {}
@@ -49,22 +59,42 @@ class FakeAttention:
         """Vanish, as a process that is killed does."""
         assert self._server is not None
         self._server.close()
-        if self.connection is not None:
-            self.connection.close()
+        for connection in (self.connection, *self.probers):
+            if connection is not None:
+                connection.close()
 
     async def send(self, message: wire.Message) -> None:
         assert self.connection is not None
         await self.connection.send(self._codec.encode(message))
 
     async def _serve(self, connection: AsyncConnection) -> None:
+        frame = await connection.recv()
+        opened = None if frame is None else probe_open(frame)
+        if opened is not None:
+            with suppress(OSError):
+                await self._answer_probes(connection, opened)
+            return
         self.connection = connection
         steps = asyncio.get_running_loop().create_task(self._step_forever())
         try:
-            while (frame := await connection.recv()) is not None:
+            while frame is not None:
                 await self._take(self._codec.decode(frame))
+                frame = await connection.recv()
         finally:
             steps.cancel()
             self._running.clear()
+
+    async def _answer_probes(self, connection: AsyncConnection, opened: ProbeOpen) -> None:
+        assert opened.receiver_epoch == self.facts.epoch
+        self.probers.append(connection)
+        await connection.send_control(ProbeAccepted(epoch=self.facts.epoch))
+        loop = asyncio.get_running_loop()
+        while raw := await loop.sock_recv(connection.sock, PROBE_FRAME_BYTES):
+            self.probes += 1
+            if not self.stopped:
+                sequence = int.from_bytes(raw[16:24], "little")
+                answer = pack_probe(ANSWER, self.facts.epoch, sequence, self.progress)
+                await loop.sock_sendall(connection.sock, answer)
 
     async def _take(self, message: wire.Message) -> None:
         match message:
@@ -73,7 +103,7 @@ class FakeAttention:
                 await self.send(self.facts)
             case wire.Add(request=request):
                 self.added.append(message)
-                self._running[request.request_id] = (message, 0)
+                self._running[request.request_id] = (message, len(message.sent))
             case wire.Abort(attempts=attempts):
                 self.aborted.update(attempts)
                 for request_id in attempts:
@@ -109,5 +139,5 @@ class FakeAttention:
             request.request_id,
             [token(request, position, self.vocabulary)],
             finish_reason=FinishReason.LENGTH if last else None,
-            prefill_stats=PrefillStats(prompt_tokens, prompt_tokens) if position == 0 else None,
+            prefill_stats=PrefillStats(prompt_tokens, prompt_tokens) if position == len(add.sent) else None,
         )

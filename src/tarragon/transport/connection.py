@@ -100,16 +100,22 @@ class Connection:
         Raises ConnectionError once the peer is gone, TimeoutError, and ProtocolError for a bad frame
         or any number of descriptors but one. Whatever is raised, no descriptor is left open.
         """
+        payload, descriptors = self.recv_with_fds(timeout_s)
+        if len(descriptors) != 1:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise ProtocolError(f"frame with {len(descriptors)} descriptors, expected 1")
+        return payload, descriptors[0]
+
+    def recv_with_fds(self, timeout_s: float | None = None) -> tuple[bytes, list[int]]:
+        """As ``recv_with_fd``, but for a frame that may have come without a descriptor."""
         descriptors: list[int] = []
         try:
-            payload = self._recv_collecting(descriptors, timeout_s)
-            if len(descriptors) != 1:
-                raise ProtocolError(f"frame with {len(descriptors)} descriptors, expected 1")
+            return self._recv_collecting(descriptors, timeout_s), descriptors
         except BaseException:
             for descriptor in descriptors:
                 os.close(descriptor)
             raise
-        return payload, descriptors[0]
 
     def close(self) -> None:
         """Close; a thread that waits in ``recv`` sees the end of file. Closing twice is harmless."""

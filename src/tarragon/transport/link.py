@@ -159,16 +159,19 @@ class DataLink:
         dtype: str,
         epoch: int,
         pairs_max: int = REGION_PAIRS_MAX,
+        first: tuple[bytes, int] | None = None,
         timeout_s: float = LINK_OFFER_TIMEOUT_S,
         send_timeout_s: float = SEND_TIMEOUT_S,
     ) -> DataLink:
         """Expert worker of ``epoch``: wait for the offer, map its region. Takes the connection over.
 
+        ``first`` is the offer and its descriptor, which is closed, if they were received already.
+
         Raises LinkRefused (the peer is told why), ConnectionError, TimeoutError or ProtocolError,
         having closed everything.
         """
         try:
-            raw, fd = connection.recv_with_fd(timeout_s)
+            raw, fd = connection.recv_with_fd(timeout_s) if first is None else first
             try:
                 offer = decode_offer(raw)
                 reason = refusal(offer, hidden=hidden, dtype=dtype, epoch=epoch, pairs_max=pairs_max)

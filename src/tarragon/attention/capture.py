@@ -1,0 +1,169 @@
+"""Where does the engine write its KV cache? There its rows are taken, and there they are put back (6.1, 6.2).
+
+The cache's own layout depends on the kernels; a copy out of it and back is not exact. So the raw K,V rows
+that the attention backend is given are kept, and restoring gives the same rows to the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Final, NamedTuple
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
+
+from tarragon.checkpoint.bucket import BucketShape
+from tarragon.checkpoint.writer import Checkpointer, Rows
+
+Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+_plain_latent_update: Final = CPUMLAImpl.do_kv_cache_update
+
+
+class CachedLayer(NamedTuple):
+    """One layer that writes a KV cache."""
+
+    place: int
+    """Among the layers that have a cache."""
+    group: int
+    key_shape: tuple[int, ...]
+    """Of one row."""
+    value_shape: tuple[int, ...]
+    dtype: torch.dtype
+    update: Update
+    """Writes key [T, ...] and value [T, ...] into the slots [T] of the engine's cache, as the engine does."""
+
+
+class Capture:
+    """The process's seam between the engine's attention layers and its checkpointer."""
+
+    checkpointer: ClassVar[Checkpointer | None] = None
+    _places: ClassVar[dict[int, int]] = {}
+    """Identity of a layer's cache -> position among the layers that have one."""
+
+    @classmethod
+    def note(
+        cls, kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """The engine wrote these rows."""
+        if cls.checkpointer is not None:
+            place = cls._places.get(kv_cache.data_ptr())
+            if place is not None:
+                cls.checkpointer.capture(Rows(place, key, value, slots))
+
+
+class CapturingImpl(CPUAttentionBackendImpl):
+    """vLLM's attention for CPUs, whose cache updates are noted."""
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        Capture.note(kv_cache, key, value, slot_mapping)
+
+
+def install() -> None:
+    """Note the updates of latent (MLA) caches as well (once per process)."""
+
+    def update(
+        self: Any,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_cache_dtype: str,
+        k_scale: torch.Tensor,
+    ) -> None:
+        _plain_latent_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)
+        Capture.note(kv_cache, kv_c_normed, k_pe, slot_mapping.flatten())
+
+    CPUMLAImpl.do_kv_cache_update = update
+
+
+def cached_layers(runner: Any) -> list[CachedLayer]:
+    """The layers of vLLM's model runner that write a KV cache, in the order of its cache groups.
+
+    Returns nothing for a model that keeps state of another kind as well (Mamba and its like): part of a
+    request's state is of no use.
+    """
+    layers: list[CachedLayer] = []
+    context = runner.compilation_config.static_forward_context
+    for group, spec in enumerate(runner.kv_cache_config.kv_cache_groups):
+        for name in spec.layer_names:
+            layer = _cached_layer(context[name], len(layers), group, runner.dtype)
+            if layer is None:
+                return []
+            if getattr(context[name].impl, "kv_sharing_target_layer_name", None) is None:
+                layers.append(layer)
+    return layers
+
+
+def watch(runner: Any, checkpointer: Checkpointer) -> list[CachedLayer]:
+    """Take the rows of all cached layers from now on."""
+    layers = cached_layers(runner)
+    context = runner.compilation_config.static_forward_context
+    names = [name for spec in runner.kv_cache_config.kv_cache_groups for name in spec.layer_names]
+    writing = [
+        name for name in names if getattr(context[name].impl, "kv_sharing_target_layer_name", None) is None
+    ]
+    if layers:
+        Capture._places = {
+            context[name].kv_cache.data_ptr(): layer.place
+            for name, layer in zip(writing, layers, strict=True)
+        }
+        Capture.checkpointer = checkpointer
+    return layers
+
+
+def bucket_shape(runner: Any, layers: list[CachedLayer], fingerprint: str) -> BucketShape:
+    """The bucket that mirrors the runner's caches."""
+    groups = runner.kv_cache_config.kv_cache_groups
+    tables = runner.input_batch.block_table
+    sizes = tuple(tables[group].block_size for group in range(len(groups)))
+    manager_size = max(spec.kv_cache_spec.block_size for spec in groups)
+    return BucketShape(
+        layers=len(layers),
+        slots=runner.kv_cache_config.num_blocks * manager_size,
+        row_bytes=max(_row_bytes(layer) for layer in layers),
+        records=runner.scheduler_config.max_num_seqs,
+        blocks_max=max(tables[group].block_table.np.shape[1] for group in range(len(groups))),
+        block_sizes=sizes,
+        layer_groups=tuple(layer.group for layer in layers),
+        fingerprint=fingerprint,
+    )
+
+
+def _row_bytes(layer: CachedLayer) -> int:
+    elements = torch.Size(layer.key_shape).numel() + torch.Size(layer.value_shape).numel()
+    return elements * layer.dtype.itemsize
+
+
+def _cached_layer(layer: Any, place: int, group: int, dtype: torch.dtype) -> CachedLayer | None:
+    impl = layer.impl
+    if isinstance(impl, CapturingImpl):
+        heads = (impl.num_kv_heads, impl.head_size)
+        return CachedLayer(place, group, heads, heads, dtype, _attention_update(layer))
+    if isinstance(impl, CPUMLAImpl):
+        return CachedLayer(
+            place, group, (impl.kv_lora_rank,), (1, impl.qk_rope_head_dim), dtype, _latent_update(layer)
+        )
+    return None
+
+
+def _attention_update(layer: Any) -> Update:
+    def update(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+
+    return update
+
+
+def _latent_update(layer: Any) -> Update:
+    def update(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        layer.impl.do_kv_cache_update(key, value, layer.kv_cache, slots, layer.kv_cache_dtype, layer._k_scale)
+
+    return update

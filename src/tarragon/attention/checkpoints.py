@@ -1,0 +1,119 @@
+"""An attention worker's checkpoints as a whole: what is written, restored and reported (section 6)."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from tarragon.attention import capture
+from tarragon.attention.resume import Resumer, Seat
+from tarragon.boot import Boot
+from tarragon.checkpoint.bucket import Bucket
+from tarragon.checkpoint.client import StoreClient
+from tarragon.checkpoint.restore import Restorer
+from tarragon.checkpoint.writer import Checkpointer, Scheduled
+
+
+class Checkpoints:
+    """Built once the engine stands; ``begin``, ``load`` and ``end`` frame every step of it.
+
+    Args:
+        attempts: attempt number of every request that this worker has, kept by whoever takes requests.
+    """
+
+    def __init__(self, engine: Any, boot: Boot, fingerprint: str, attempts: Mapping[str, int]) -> None:
+        runner = engine.model_executor.driver_worker.worker.model_runner
+        self._scheduler, self._runner, self._attempts = engine.scheduler, runner, attempts
+        self.writer = Checkpointer(deferred=runner.model_config.enforce_eager)
+        self.restorer = Restorer(fingerprint)
+        self.layers = capture.watch(runner, self.writer)
+        sizes = [group.kv_cache_spec.block_size for group in runner.kv_cache_config.kv_cache_groups]
+        self.seat = Seat(self.restorer, self.layers, sizes)
+        self.resumer = Resumer(engine, runner, self.seat)
+        self._scheduler.connector = self.seat
+        self._granted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._store_up = False
+        self.reason = ""
+        """Why nothing is protected, if so."""
+        if not self.layers:
+            self.reason = "the model keeps state that is no KV cache"
+            return
+        self._shape = capture.bucket_shape(runner, self.layers, fingerprint)
+        self.client = StoreClient(
+            boot,
+            self._shape.total_bytes,
+            on_bucket=self._take,
+            on_peer=self.restorer.add,
+            on_lost=self._lost,
+            on_gone=self.restorer.drop,
+        )
+        self.client.start()
+
+    def counters(self) -> dict[str, float]:
+        """For the orchestrator: ``bucket`` is 1 while rows are written and the store is there."""
+        protected = self.writer.bucket is not None and self._store_up
+        return {
+            "bucket": float(protected),
+            **self.writer.counters.as_dict(),
+            **self.restorer.counters.as_dict(),
+        }
+
+    # ------------------------------------------------------------------ from the store client's thread
+
+    def _take(self, fd: int) -> None:
+        self._store_up = True
+        if self.writer.bucket is None and self._granted.empty():
+            self._granted.put(os.dup(fd))
+
+    def _lost(self) -> None:
+        self._store_up = False
+
+    # ------------------------------------------------------------------ a step
+
+    def begin(self, scheduler_output: Any) -> None:
+        """Before a step: take back the records whose blocks it may overwrite. Raises Fenced."""
+        writer = self.writer
+        while not self._granted.empty():
+            fd = self._granted.get_nowait()
+            try:
+                writer.attach(Bucket.map(fd, self._shape))
+            finally:
+                os.close(fd)
+        writer.check_seal()
+        writer.release(scheduler_output.finished_req_ids)
+        scheduled, live = scheduler_output.num_scheduled_tokens, self._scheduler.requests
+        writer.release(
+            [
+                name
+                for name in writer.recorded
+                if name not in scheduled and (name not in live or live[name].status != RequestStatus.RUNNING)
+            ]
+        )
+        if scheduler_output.kv_cache_block_copies:
+            size = max(
+                group.kv_cache_spec.block_size for group in self._runner.kv_cache_config.kv_cache_groups
+            )
+            writer.copy_blocks(scheduler_output.kv_cache_block_copies, size)
+
+    def load(self, scheduler_output: Any) -> None:
+        """Just before the forward pass: put restored rows into the cache."""
+        if scheduler_output.kv_connector_metadata.loads:
+            self.seat.load(scheduler_output.kv_connector_metadata.loads)
+
+    def end(self, scheduler_output: Any) -> None:
+        """After the forward pass, before anything of it is shown: commit (promise 4)."""
+        if self.writer.bucket is None:
+            return
+        batch = self._runner.input_batch
+        index, computed = batch.req_id_to_index, batch.num_computed_tokens_cpu
+        entries = [
+            Scheduled(name, index[name], int(computed[index[name]]) + tokens)
+            for name, tokens in scheduler_output.num_scheduled_tokens.items()
+        ]
+        groups = range(len(self._runner.kv_cache_config.kv_cache_groups))
+        tables = [batch.block_table[group].block_table.cpu for group in groups]
+        self.writer.commit(entries, tables, self._attempts)

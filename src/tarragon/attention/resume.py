@@ -1,0 +1,240 @@
+"""How does a request go on that began on another attention worker? As its own continuation (6.2).
+
+The tokens that were sent are its *output*, so that limits, penalties, grammars, usage and finish reasons are
+as if it had never moved. It is queued the way the engine queues a request that it preempted; the scheduler
+then asks who sits in its connector's seat how many positions need no computing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    SupportsHMA,
+)
+from vllm.sampling_params import SamplingType
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from tarragon.attention.capture import CachedLayer
+from tarragon.attention.randomness import PositionalGenerator
+from tarragon.checkpoint.restore import LayerRows, Restorer, RowKind, Source
+from tarragon.gateway.wire import Add
+
+
+class Load(NamedTuple):
+    """Rows to be put into a request's new blocks before the step's forward pass."""
+
+    request_id: str
+    start: int
+    blocks: tuple[np.ndarray, ...]
+    rows: list[LayerRows]
+
+
+class Loads(KVConnectorMetadata):
+    """What the scheduler hands to the model runner with a step."""
+
+    def __init__(self, loads: list[Load]) -> None:
+        self.loads = loads
+
+
+class Seat(KVConnectorBase_V1, SupportsHMA):
+    """Sits where vLLM's scheduler expects a KV connector, and knows of rows in other workers' buckets."""
+
+    def __init__(self, restorer: Restorer, layers: Sequence[CachedLayer], block_sizes: Sequence[int]) -> None:
+        # Not the base's: that one wants a transfer configuration, which would change the engine elsewhere.
+        self._restorer = restorer
+        self._kinds = [
+            RowKind(layer.group, layer.key_shape, layer.value_shape, layer.dtype) for layer in layers
+        ]
+        self._layers = layers
+        self._block_sizes = block_sizes
+        self._sources: dict[str, Source] = {}
+        self._read: dict[str, tuple[int, int, list[LayerRows]]] = {}
+        self._loads: list[Load] = []
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    def expect(self, request_id: str, origins: Sequence[tuple[str, int, int]]) -> int:
+        """Look for the rows of a request that is about to be queued; returns the positions found."""
+        start = time.perf_counter()
+        source = self._restorer.find(request_id, origins) if self._layers else None
+        self._restorer.counters.restore_s += time.perf_counter() - start
+        if source is None:
+            self._restorer.counters.restore_misses += 1
+            return 0
+        self._sources[request_id] = source
+        return source.record.positions
+
+    def forget(self, request_id: str) -> None:
+        self._sources.pop(request_id, None)
+        self._read.pop(request_id, None)
+
+    # ------------------------------------------------------------------ called by the scheduler
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """Positions beyond ``num_computed_tokens`` that need no computing; the last one always does."""
+        source = self._sources.get(request.request_id)
+        if source is None:
+            return 0, False
+        stop = min(source.record.positions, request.num_tokens - 1)
+        known = self._read.get(request.request_id)
+        if known is None or known[:2] != (num_computed_tokens, stop):
+            if stop <= num_computed_tokens:
+                return 0, False
+            begin = time.perf_counter()
+            rows = self._restorer.read(source, num_computed_tokens, stop, self._kinds)
+            self._restorer.counters.restore_s += time.perf_counter() - begin
+            if rows is None:
+                print(
+                    f"{request.request_id}: its checkpoint is not usable, computing it anew", file=sys.stderr
+                )
+                self.forget(request.request_id)
+                return 0, False
+            self._read[request.request_id] = (num_computed_tokens, stop, rows)
+        return stop - num_computed_tokens, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        read = self._read.pop(request.request_id, None)
+        self._sources.pop(request.request_id, None)
+        if not num_external_tokens or read is None:
+            return
+        start, stop, rows = read
+        assert stop - start == num_external_tokens
+        tables = tuple(np.array(ids, dtype=np.int32) for ids in blocks.get_block_ids())
+        self._loads.append(Load(request.request_id, start, tables, rows))
+        counters = self._restorer.counters
+        counters.restored_requests += 1
+        counters.restored_positions += num_external_tokens
+        counters.restored_bytes += sum(layer.key.nbytes + layer.value.nbytes for layer in rows)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Loads:
+        loads, self._loads = self._loads, []
+        return Loads(loads)
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        self.forget(request.request_id)
+        return False, None
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids)
+
+    # ------------------------------------------------------------------ called by the model runner
+
+    def load(self, loads: Sequence[Load]) -> None:
+        """Give restored rows to the function that wrote them first."""
+        begin = time.perf_counter()
+        for load in loads:
+            for layer, rows in zip(self._layers, load.rows, strict=True):
+                size, blocks = self._block_sizes[layer.group], load.blocks[layer.group]
+                slots = torch.from_numpy(_slots_at(blocks, size, rows.positions.numpy()))
+                held = slots >= size
+                if held.all():
+                    layer.update(rows.key, rows.value, slots)
+                else:
+                    layer.update(rows.key[held], rows.value[held], slots[held])
+        self._restorer.counters.restore_s += time.perf_counter() - begin
+
+    # The worker's side of vLLM's interface: this engine runs in one process, ``load`` does it all.
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing: the runner calls ``load``."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: rows are taken where the cache is written."""
+
+    def wait_for_save(self) -> None:
+        """Nothing to wait for."""
+
+
+def _slots_at(blocks: np.ndarray, size: int, positions: np.ndarray) -> np.ndarray:
+    return blocks[positions // size].astype(np.int64) * size + positions % size
+
+
+class Resumer:
+    """Queues requests that come from elsewhere; a grammar may have to be compiled first."""
+
+    def __init__(self, engine: Any, runner: Any, seat: Seat) -> None:
+        self._engine, self._runner, self._seat = engine, runner, seat
+        self._compiling: list[tuple[Request, list[int]]] = []
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._compiling)
+
+    def add(self, message: Add) -> None:
+        """Queue a request behind the tokens that were sent; called between steps."""
+        request, _ = self._engine.preprocess_add_request(message.request)
+        origins = [(origin.worker_id, origin.epoch, origin.attempt) for origin in message.origins]
+        self._seat.expect(request.request_id, origins)
+        if not message.sent:
+            self._engine.add_request(request)
+        elif request.structured_output_request is not None:
+            self._compiling.append((request, message.sent))
+            self.poll()
+        else:
+            self._queue(request, message.sent)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Forget requests that wait for their grammar."""
+        gone = set(request_ids)
+        self._compiling = [entry for entry in self._compiling if entry[0].request_id not in gone]
+        for request_id in gone:
+            self._seat.forget(request_id)
+
+    def poll(self) -> None:
+        """Queue the requests whose grammar is ready."""
+        still = []
+        for request, sent in self._compiling:
+            structured = request.structured_output_request
+            if not structured.is_grammar_ready:
+                still.append((request, sent))
+                continue
+            if isinstance(structured.grammar, Exception):
+                self._engine.add_request(request)  # the scheduler fails it as it fails any other
+                continue
+            self._feed(request, sent)
+        self._compiling = still
+
+    def _feed(self, request: Request, sent: list[int]) -> None:
+        """Bring a fresh grammar to where the request is, token by token as the first time."""
+        manager = self._engine.structured_output_manager
+        request.status = RequestStatus.PREEMPTED
+        for token in sent:
+            request.append_output_token_ids(token)
+            manager.accept_tokens(request, [token])
+        self._enqueue(request)
+
+    def _queue(self, request: Request, sent: list[int]) -> None:
+        request.append_output_token_ids(sent)
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        request.status = RequestStatus.PREEMPTED
+        request.num_preemptions = 1
+        request.prefill_stats = None
+        params = request.sampling_params
+        generator = PositionalGenerator() if params.sampling_type == SamplingType.RANDOM_SEED else None
+        self._runner.requests[request.request_id] = CachedRequestState(
+            req_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            mm_features=[],
+            sampling_params=params,
+            generator=generator,
+            block_ids=tuple([] for _ in self._runner.kv_cache_config.kv_cache_groups),
+            num_computed_tokens=0,
+            output_token_ids=list(request.output_token_ids),
+            lora_request=request.lora_request,
+        )
+        self._engine.add_request(request)

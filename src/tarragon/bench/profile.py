@@ -1,0 +1,215 @@
+"""`tarragon bench profile`: where a decode step's time goes on each process (7.3).
+
+A steady load of short prompts; between two looks at it, when all streams decode, the difference of the
+workers' own counters (taken at step and layer boundaries, and dated by the worker) and of the kernel's
+account of every process: seconds on a core, and seconds runnable without one. Times are given per second
+of the worker's life and per step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from tarragon.bench import output
+from tarragon.bench.load import Request, Stream, closed_loop, random_prompts
+from tarragon.cluster import Cluster
+from tarragon.models.demo import ensure_demo_model
+
+PROMPT_TOKENS: Final = 10
+VOCABULARY: Final = 40_000
+REPORT_MARGIN_S: Final = 1.2
+"""Reports come once a second."""
+ATTENTION: Final = (
+    "scheduling",
+    "attention and dense layers",
+    "dispatch",
+    "waiting for experts",
+    "combine",
+    "sampling",
+    "output and intake",
+    "between steps",
+)
+EXPERT: Final = ("expert kernels", "gather and scatter", "doorbells and batching", "waiting for rows")
+PROCESS: Final = ("on a core", "waiting for a core", "asleep")
+
+
+def parser() -> argparse.ArgumentParser:
+    options = output.parser("profile", __doc__)
+    options.add_argument("--streams", type=int, default=32)
+    options.add_argument("--tokens", type=int, default=192, help="of each stream")
+    options.add_argument("--seconds", type=float, default=10.0, help="between the two looks")
+    options.add_argument("--attention-workers", type=int, default=2)
+    options.add_argument("--expert-workers", type=int, default=2)
+    return options
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
+    model = options.model or ensure_demo_model(layers=options.layers)
+    with Cluster(model, options.attention_workers, options.expert_workers) as cluster:
+        before, after = asyncio.run(observe(cluster, model.name, options))
+    settings = {
+        "model": model.name,
+        "attention_workers": options.attention_workers,
+        "expert_workers": options.expert_workers,
+        "streams": options.streams,
+    }
+    metrics = {worker_id: account(before[worker_id], found) for worker_id, found in after.items()}
+    output.write(output.result("profile", settings, metrics), options.json)
+    print(report(metrics))
+    output.plot(options.plot, lambda axes: draw(axes, metrics))
+    return 0
+
+
+# ------------------------------------------------------------------ looking
+
+
+async def observe(cluster: Cluster, model: str, options: argparse.Namespace) -> tuple[Any, Any]:
+    """Two looks at the cluster under the same steady load. Raises RuntimeError if it was not steady."""
+    url = f"{cluster.url}/v1"
+    await load(url, model, options.streams, 8)  # everything has run once
+    running = asyncio.create_task(load(url, model, options.streams, options.tokens))
+    await asyncio.sleep(2 * REPORT_MARGIN_S)
+    before = await asyncio.to_thread(look, cluster)
+    await asyncio.sleep(options.seconds)
+    after = await asyncio.to_thread(look, cluster)
+    if running.done():
+        raise RuntimeError("the load ended while it was observed: ask for more --tokens")
+    streams = await running
+    print(f"{sum(len(s.token_times_s) for s in streams)} tokens in {len(streams)} streams", file=sys.stderr)
+    return before, after
+
+
+async def load(url: str, model: str, streams: int, tokens: int) -> list[Stream]:
+    prompts = random_prompts(streams, PROMPT_TOKENS, seed=tokens, vocabulary=VOCABULARY)
+    params = {"temperature": 0, "ignore_eos": True}
+    done = await closed_loop(url, model, [Request(prompt, tokens, params) for prompt in prompts], streams)
+    for stream in done:
+        if stream.error:
+            raise RuntimeError(f"a stream failed: {stream.error}")
+    return done
+
+
+def look(cluster: Cluster) -> dict[str, dict[str, Any]]:
+    """Counters and kernel accounts of every process, by worker id."""
+    found = {
+        str(worker["id"]): {
+            "role": worker["role"],
+            "counters": dict(worker.get("counters") or {}),
+            **process_seconds(int(worker["pid"])),
+        }
+        for worker in cluster.status()["workers"]
+        if worker["state"] == "healthy"
+    }
+    return {**found, "node agent": {"role": "agent", "counters": {}, **process_seconds(cluster.agent_pid)}}
+
+
+def process_seconds(pid: int) -> dict[str, float]:
+    """Seconds so far that a process's threads were on a core, and runnable without one; and the time."""
+    ran_ns = waited_ns = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            ran, waited, _ = (thread / "schedstat").read_text().split()
+        except (OSError, ValueError):  # it ended, or this kernel keeps no such account
+            continue
+        ran_ns, waited_ns = ran_ns + int(ran), waited_ns + int(waited)
+    return {"at_s": time.monotonic(), "on_a_core_s": ran_ns / 1e9, "waiting_for_a_core_s": waited_ns / 1e9}
+
+
+# ------------------------------------------------------------------ accounting
+
+
+def account(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Shares of one process's time between two looks; seconds are per second unless they say per step."""
+    elapsed = after["at_s"] - before["at_s"]
+    ran = (after["on_a_core_s"] - before["on_a_core_s"]) / elapsed
+    waited = (after["waiting_for_a_core_s"] - before["waiting_for_a_core_s"]) / elapsed
+    found: dict[str, Any] = {
+        "role": after["role"],
+        "cores_used": ran,
+        "waiting_for_a_core": waited,
+        "counters": {
+            name: value - before["counters"].get(name, 0.0) for name, value in after["counters"].items()
+        },
+    }
+    counters = found["counters"]
+    split = {"attention": attention_split, "expert": expert_split}.get(after["role"])
+    if split is not None and counters.get("clock_s"):
+        seconds = split(counters)
+        found["seconds_per_second"] = {name: value / counters["clock_s"] for name, value in seconds.items()}
+        steps = counters.get("steps", 0.0)
+        if steps:
+            found["ms_per_step"] = {name: 1e3 * value / steps for name, value in seconds.items()}
+            found["step_ms"] = 1e3 * counters["clock_s"] / steps
+    else:
+        busy = min(1.0, ran)
+        behind = min(1.0 - busy, waited)
+        found["seconds_per_second"] = dict(zip(PROCESS, (busy, behind, 1.0 - busy - behind), strict=True))
+    return found
+
+
+def attention_split(counters: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of an attention worker's engine thread; they add up to ``clock_s``."""
+    experts = sum(counters[f"experts_{name}_s"] for name in ("dispatch", "wait", "combine"))
+    step, forward, sample = counters["step_s"], counters["forward_s"], counters["sample_s"]
+    links = counters["deliver_s"] + counters["intake_s"]
+    return dict(
+        zip(
+            ATTENTION,
+            (
+                step - forward - sample,
+                forward - experts,
+                counters["experts_dispatch_s"],
+                counters["experts_wait_s"],
+                counters["experts_combine_s"],
+                sample,
+                links,
+                counters["clock_s"] - step - links,
+            ),
+            strict=True,
+        )
+    )
+
+
+def expert_split(counters: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of an expert worker's compute thread; they add up to ``clock_s``."""
+    kernels = counters["compute_s"] - counters["copy_s"]
+    rest = counters["clock_s"] - counters["compute_s"] - counters["idle_s"]
+    return dict(zip(EXPERT, (kernels, counters["copy_s"], rest, counters["idle_s"]), strict=True))
+
+
+# ------------------------------------------------------------------ showing
+
+
+def report(metrics: Mapping[str, Any]) -> str:
+    rows: list[list[Any]] = []
+    for worker_id, found in metrics.items():
+        per_step = found.get("ms_per_step", {})
+        for name, share in found["seconds_per_second"].items():
+            rows.append([f"{worker_id}: {name}", f"{share:.1%}", per_step.get(name, "")])
+        rows.append([f"{worker_id}: cores used", f"{found['cores_used']:.2f}", ""])
+        rows.append([f"{worker_id}: waiting for a core", f"{found['waiting_for_a_core']:.2f}", ""])
+    return output.table(["where the time goes", "share", "ms a step"], rows)
+
+
+def draw(axes: Any, metrics: Mapping[str, Any]) -> None:
+    """One bar for each process, its second stacked from what it was spent on."""
+    kinds = [*ATTENTION, *EXPERT, *PROCESS]
+    names = list(metrics)
+    ends = [0.0] * len(names)
+    for index, kind in enumerate(kinds):
+        parts = [metrics[name]["seconds_per_second"].get(kind, 0.0) for name in names]
+        if any(parts):
+            colour = f"C{index % 10}"
+            axes.barh(names, parts, left=ends, label=kind, color=colour, hatch="//" if index >= 10 else None)
+            ends = [end + part for end, part in zip(ends, parts, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the time")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")

@@ -1,0 +1,155 @@
+"""How does a request go on elsewhere? Its committed rows are read from the bucket of who had it before (6.2).
+
+The reader seals the bucket first, then reads the record, then the rows, checking the checksum of each, and
+looks at last whether the record still stands: a worker that wakes in between can only take its record back
+before it overwrites anything. Whatever fails, the caller computes the rows anew: never wrong text.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from tarragon.checkpoint.bucket import Bucket, BucketError, Committed, slots_of
+from tarragon.native.segments import segment_read
+
+
+class RowKind(NamedTuple):
+    """What one row of a layer is: shapes without the leading dimension."""
+
+    group: int
+    key_shape: tuple[int, ...]
+    value_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Source(NamedTuple):
+    """Where a request's committed rows lie."""
+
+    bucket: Bucket
+    record: Committed
+
+
+class LayerRows(NamedTuple):
+    """Rows of one layer for the positions (int64 [n]) that its cache group still holds."""
+
+    positions: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class Counters:
+    """Cumulative since the worker started."""
+
+    def __init__(self) -> None:
+        self.restored_requests = 0
+        self.restored_positions = 0
+        self.restored_bytes = 0
+        self.restore_s = 0.0
+        """Spent finding, reading and loading rows."""
+        self.restore_misses = 0
+        """Requests that came from elsewhere without a usable commit: computed anew."""
+        self.restore_incomplete = 0
+        """Commits whose rows are not all there: written while the worker had no bucket."""
+        self.restore_corrupt = 0
+        """Records or rows with a wrong checksum, or changed while they were read."""
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: float(value) for name, value in vars(self).items()}
+
+
+class Restorer:
+    """The buckets of other incarnations, and what may be taken from them.
+
+    ``add`` and ``drop`` come from the store client's thread, the rest from the engine's.
+    """
+
+    def __init__(self, fingerprint: str) -> None:
+        self.counters = Counters()
+        self._fingerprint = fingerprint
+        self._files: dict[tuple[str, int], int] = {}
+        self._buckets: dict[tuple[str, int], Bucket] = {}
+        self._lock = threading.Lock()
+
+    def add(self, worker_id: str, epoch: int, fd: int) -> None:
+        """Another incarnation has a bucket; the caller closes ``fd``. It is mapped when it is needed."""
+        with self._lock:
+            self._files[worker_id, epoch] = os.dup(fd)
+
+    def drop(self, worker_id: str, epoch: int) -> None:
+        """That bucket is gone; what is being read of it stays mapped until it is read."""
+        with self._lock:
+            self._buckets.pop((worker_id, epoch), None)
+            fd = self._files.pop((worker_id, epoch), None)
+            if fd is not None:
+                os.close(fd)
+
+    def _bucket(self, worker_id: str, epoch: int) -> Bucket | None:
+        with self._lock:
+            bucket = self._buckets.get((worker_id, epoch))
+            fd = self._files.get((worker_id, epoch))
+            if bucket is not None or fd is None:
+                return bucket
+            try:
+                bucket = self._buckets[worker_id, epoch] = Bucket.map(fd)
+            except (BucketError, OSError, ValueError) as error:
+                print(f"the bucket of {worker_id} is of no use: {error}", file=sys.stderr)
+            return bucket
+
+    def find(self, request_id: str, origins: Sequence[tuple[str, int, int]]) -> Source | None:
+        """Seal the buckets of ``origins`` (worker, epoch, attempt) and return the longest commit in them."""
+        best: Source | None = None
+        for worker_id, epoch, attempt in origins:
+            bucket = self._bucket(worker_id, epoch)
+            if bucket is None:
+                continue
+            bucket.seal()
+            if bucket.shape.fingerprint != self._fingerprint:
+                continue
+            try:
+                record = bucket.find(request_id, attempt)
+            except BucketError as error:
+                self.counters.restore_corrupt += 1
+                print(f"{request_id}: {error}", file=sys.stderr)
+                continue
+            if record is not None and (best is None or record.positions > best.record.positions):
+                best = Source(bucket, record)
+        return best
+
+    def read(self, source: Source, start: int, stop: int, kinds: Sequence[RowKind]) -> list[LayerRows] | None:
+        """The rows of positions [start, stop) of every layer, or None if any is absent or damaged."""
+        rows = []
+        for layer, kind in enumerate(kinds):
+            taken = self._read_layer(source, layer, kind, start, stop)
+            if taken is None:
+                return None
+            rows.append(taken)
+        if not source.bucket.unchanged(source.record):
+            self.counters.restore_corrupt += 1
+            return None
+        return rows
+
+    def _read_layer(
+        self, source: Source, layer: int, kind: RowKind, start: int, stop: int
+    ) -> LayerRows | None:
+        bucket, blocks = source.bucket, source.record.blocks[kind.group]
+        size = bucket.shape.block_sizes[kind.group]
+        slots = slots_of(blocks, size, start, stop)
+        positions = torch.arange(start, stop)
+        held = slots >= size  # block 0 is no block: a sliding window has passed it
+        if not held.all():
+            slots, positions = slots[held].contiguous(), positions[held]
+        key = torch.empty(len(slots), *kind.key_shape, dtype=kind.dtype)
+        value = torch.empty(len(slots), *kind.value_shape, dtype=kind.dtype)
+        bad = segment_read(bucket.rows[layer], bucket.checks[layer], slots, key.flatten(1), value.flatten(1))
+        if bad >= 0:
+            absent = int(bucket.checks[layer, int(slots[bad])]) == 0
+            self.counters.restore_incomplete += absent
+            self.counters.restore_corrupt += not absent
+            return None
+        return LayerRows(positions, key, value)

@@ -1,0 +1,168 @@
+"""What does an attention worker write of its KV cache, and when is it complete? (6.1)
+
+``capture`` notes new rows as the engine makes them, ``flush`` copies them into the bucket while the
+worker waits for its experts (the gaps of AW-EW traffic), and ``commit`` makes a step's rows visible at its
+end, in one record per request. One-sided: no other process runs on behalf of a write. Called by the engine
+thread alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from tarragon.checkpoint.bucket import Bucket
+from tarragon.native.segments import commit_records, release_record, segment_write
+
+
+class Fenced(RuntimeError):
+    """This worker's requests have been given to others; nothing it computes is wanted any more."""
+
+
+class Rows(NamedTuple):
+    """New rows of one layer: key and value [T, ...], slots int64 [S], S <= T."""
+
+    layer: int
+    key: torch.Tensor
+    value: torch.Tensor
+    slots: torch.Tensor
+
+
+class Scheduled(NamedTuple):
+    """One request of a step: its row in the block tables and the positions that are complete after it."""
+
+    request_id: str
+    table_row: int
+    positions: int
+
+
+class Counters:
+    """Cumulative since the worker started."""
+
+    def __init__(self) -> None:
+        self.checkpoint_segments = 0
+        self.checkpoint_bytes = 0
+        self.checkpoint_commits = 0
+        self.checkpoint_s = 0.0
+        """Spent writing rows and records, the gaps of AW-EW traffic included."""
+        self.checkpoint_records_short = 0
+        """Requests of a step that found no free record: they run unprotected."""
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: float(value) for name, value in vars(self).items()}
+
+
+class Checkpointer:
+    """Writes one worker's bucket. Without a bucket it forgets what it is told: tokens flow, unprotected.
+
+    Args:
+        deferred: rows may be copied later in the step; else their memory is reused at once, so they
+            are copied when they come (a compiled engine).
+    """
+
+    def __init__(self, *, deferred: bool) -> None:
+        self.counters = Counters()
+        self.bucket: Bucket | None = None
+        self._deferred = deferred
+        self._pending: list[Rows] = []
+        self._records: dict[str, int] = {}
+        self._free: list[int] = []
+
+    def attach(self, bucket: Bucket) -> None:
+        """Protect what is written from now on."""
+        self.bucket = bucket
+        self._free = list(range(bucket.shape.records))
+        self._records.clear()
+
+    @property
+    def recorded(self) -> Collection[str]:
+        """Requests that have a record."""
+        return self._records.keys()
+
+    # ------------------------------------------------------------------ segments
+
+    def capture(self, rows: Rows) -> None:
+        """Note the rows of one layer's update of the cache; never waits."""
+        if self.bucket is None:
+            return
+        self._pending.append(rows)
+        if not self._deferred:
+            self.flush()
+
+    def flush(self) -> None:
+        """Copy what was noted into the bucket."""
+        if not self._pending:
+            return
+        start = time.perf_counter()
+        bucket, counters = self.bucket, self.counters
+        assert bucket is not None
+        self.check_seal()
+        for layer, key, value, slots in self._pending:
+            segment_write(key.flatten(1), value.flatten(1), slots, bucket.rows[layer], bucket.checks[layer])
+            counters.checkpoint_segments += 1
+            counters.checkpoint_bytes += len(slots) * bucket.shape.row_bytes
+        self._pending.clear()
+        counters.checkpoint_s += time.perf_counter() - start
+
+    def check_seal(self) -> None:
+        """Raise Fenced if another worker restores from this bucket: nothing in it may change any more."""
+        if self.bucket is not None and self.bucket.sealed:
+            raise Fenced("its requests were given to other workers")
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]], block_size: int) -> None:
+        """The engine copies whole blocks (source, target) within its cache: so does the bucket."""
+        if self.bucket is None:
+            return
+        for source, target in pairs:
+            at, to = source * block_size, target * block_size
+            self.bucket.rows[:, to : to + block_size] = self.bucket.rows[:, at : at + block_size]
+            self.bucket.checks[:, to : to + block_size] = self.bucket.checks[:, at : at + block_size]
+
+    # ------------------------------------------------------------------ records
+
+    def release(self, request_ids: Collection[str]) -> None:
+        """These requests hold their blocks no longer; must come before anything overwrites them."""
+        for request_id in request_ids:
+            index = self._records.pop(request_id, None)
+            if index is not None and self.bucket is not None:
+                release_record(self.bucket.records, index)
+                self._free.append(index)
+
+    def commit(
+        self, scheduled: Sequence[Scheduled], tables: Sequence[torch.Tensor], attempts: Mapping[str, int]
+    ) -> None:
+        """End a step: its rows are in, and every record says how far its request is complete.
+
+        Args:
+            tables: per cache group int32 [requests, blocks].
+        """
+        self.flush()
+        bucket = self.bucket
+        if bucket is None or not scheduled:
+            return
+        start = time.perf_counter()
+        known = [entry for entry in scheduled if self._has_record(bucket, entry.request_id, attempts)]
+        commit_records(
+            bucket.records,
+            torch.tensor([self._records[entry.request_id] for entry in known], dtype=torch.int32),
+            torch.tensor([entry.positions for entry in known], dtype=torch.int32),
+            torch.tensor([entry.table_row for entry in known], dtype=torch.int32),
+            tables,
+            bucket.shape.block_sizes,
+        )
+        self.counters.checkpoint_commits += len(known)
+        self.counters.checkpoint_s += time.perf_counter() - start
+
+    def _has_record(self, bucket: Bucket, request_id: str, attempts: Mapping[str, int]) -> bool:
+        if request_id in self._records:
+            return True
+        if not self._free or request_id not in attempts:
+            self.counters.checkpoint_records_short += 1
+            return False
+        index = self._free.pop()
+        bucket.open_record(index, request_id, attempts[request_id])
+        self._records[request_id] = index
+        return True

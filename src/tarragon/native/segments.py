@@ -1,0 +1,70 @@
+"""Typed entrances to the native ops that write and read checkpoint buckets (6.1).
+
+They check their arguments (ValueError, TypeError), release the interpreter lock while they run, and
+never allocate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tarragon.native.ops import load
+
+
+def segment_write(
+    key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, checks: torch.Tensor
+) -> None:
+    """Copy row i of ``key`` and ``value`` into slot ``slots[i]`` of a layer, with its checksum.
+
+    Args:
+        key, value: [T, K] and [T, V], any dtype; rows may be strided.
+        slots: int64 [S], S <= T; negative ones are padding.
+        rows: uint8 [slots of the bucket, row bytes].
+        checks: int32 [slots of the bucket].
+    """
+    load()
+    torch.ops.tarragon.segment_write.default(key, value, slots, rows, checks)
+
+
+def segment_read(
+    rows: torch.Tensor, checks: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> int:
+    """The inverse of ``segment_write``; returns the first i whose row is absent or damaged, or -1."""
+    load()
+    return int(torch.ops.tarragon.segment_read.default(rows, checks, slots, key, value))
+
+
+def commit_records(
+    records: torch.Tensor,
+    indices: torch.Tensor,
+    committed: torch.Tensor,
+    table_rows: torch.Tensor,
+    tables: Sequence[torch.Tensor],
+    block_sizes: Sequence[int],
+) -> None:
+    """Make ``committed[i]`` positions of record ``indices[i]`` visible, all int32 [R].
+
+    Args:
+        records: uint8 [records, record bytes].
+        table_rows: row of each record's request in the block tables.
+        tables: per cache group int32 [requests, blocks].
+        block_sizes: per cache group, tokens in a block.
+    """
+    load()
+    torch.ops.tarragon.commit_records.default(
+        records, indices, committed, table_rows, list(tables), list(block_sizes)
+    )
+
+
+def release_record(records: torch.Tensor, index: int) -> None:
+    """Record ``index`` says nothing any more; its blocks may be overwritten from now on."""
+    load()
+    torch.ops.tarragon.release_record.default(records, index)
+
+
+def record_whole(copy: torch.Tensor, block_sizes: Sequence[int]) -> bool:
+    """Whether the copy of one record, uint8 [1, record bytes], fits its own checksum."""
+    load()
+    return bool(torch.ops.tarragon.record_whole.default(copy, list(block_sizes)))

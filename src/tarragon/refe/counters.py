@@ -1,0 +1,23 @@
+"""What REFE counts."""
+
+from __future__ import annotations
+
+
+class Counters:
+    """What REFE did since it started; read by the control thread for reports."""
+
+    def __init__(self) -> None:
+        self.layers = 0
+        self.pairs = 0
+        self.replayed_pairs = 0
+        self.links_lost = 0
+        self.links_hung = 0
+        self.probes = 0
+        self.steps_unreachable = 0
+        self.stale_frames = 0
+        self.dispatch_s = 0.0
+        self.wait_s = 0.0
+        self.combine_s = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: float(value) for name, value in vars(self).items()}

@@ -1,0 +1,222 @@
+"""How a peer is asked "do you live?": a control connection of its own per pair, and fixed-size frames (4.1).
+
+The side that watches dials, says ``ProbeOpen`` and then sends probes of 32 bytes; the other side's native
+thread answers each with the progress of its computing thread, whoever holds the interpreter lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+from contextlib import suppress
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tarragon import native
+from tarragon.messages import ProbeAccepted, ProbeOpen, ProtocolError, Refused, decode_control
+from tarragon.transport.connection import Connection
+from tarragon.transport.local import dial
+from tarragon.transport.sockets import SEND_FLAGS, hang_up
+
+PROBE_MAGIC: Final = 0x50524754  # "TGRP"
+PROBE_VERSION: Final = 1
+PROBE, ANSWER = 1, 2
+# Magic u32, version u16, kind u16, epoch u32 of who is asked, 0 u32, sequence u64, progress u64.
+_FRAME: Final = struct.Struct("<IHHIIQQ")
+PROBE_FRAME_BYTES: Final = _FRAME.size
+PROBE_OPEN_BYTES_MAX: Final = 1_024
+"""Longest first frame of a probe channel."""
+CHANNELS_MAX: Final = 1_024
+"""Most probe channels that one worker answers; further ones are refused."""
+_SEQUENCES_PER_READ: Final = 128
+
+
+class ProbeRefused(ProtocolError):
+    """The worker does not let itself be probed by this sender; the message says why."""
+
+
+class Answer(NamedTuple):
+    """The answer to probe ``sequence``: what the worker had done by then, in batches or layers."""
+
+    sequence: int
+    progress: int
+
+
+def pack_probe(kind: int, epoch: int, sequence: int, progress: int) -> bytes:
+    return _FRAME.pack(PROBE_MAGIC, PROBE_VERSION, kind, epoch, 0, sequence, progress)
+
+
+def unpack_answer(raw: bytes | memoryview, epoch: int) -> Answer:
+    """Decode an answer of the worker of ``epoch``; ProtocolError if it is none."""
+    magic, version, kind, sender, zero, sequence, progress = _FRAME.unpack(raw)
+    if (magic, version, kind, sender, zero) != (PROBE_MAGIC, PROBE_VERSION, ANSWER, epoch, 0):
+        raise ProtocolError(f"a frame that is no answer of epoch {epoch} to a probe")
+    return Answer(sequence, progress)
+
+
+def probe_open(first_frame: bytes) -> ProbeOpen | None:
+    """What the first frame of a connection asks for, if it asks for probes at all."""
+    if len(first_frame) > PROBE_OPEN_BYTES_MAX:
+        return None
+    try:
+        message = decode_control(first_frame)
+    except ProtocolError:
+        return None
+    return message if isinstance(message, ProbeOpen) else None
+
+
+class ProbeChannel:
+    """The asking side; no call but ``open`` ever waits. ``eof``: no answer will come any more."""
+
+    def __init__(self, sock: socket.socket, receiver_epoch: int) -> None:
+        self.sock = sock
+        self.receiver_epoch = receiver_epoch
+        self.eof = False
+        self.end_cause = ""
+        self._owner_pid = os.getpid()
+        self._rest = b""
+
+    @staticmethod
+    def open(
+        address: str,
+        secret: bytes,
+        *,
+        sender_id: str,
+        sender_epoch: int,
+        receiver_epoch: int,
+        timeout_s: float,
+    ) -> ProbeChannel:
+        """Dial the worker that listens at ``address``, and wait until it will answer.
+
+        Raises TimeoutError, ConnectionError, HandshakeError or ProbeRefused, having closed everything.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        connection = dial(address, secret, timeout_s=timeout_s, frame_bytes_max=PROBE_OPEN_BYTES_MAX)
+        try:
+            connection.send_control(
+                ProbeOpen(sender_id=sender_id, sender_epoch=sender_epoch, receiver_epoch=receiver_epoch)
+            )
+            reply = connection.recv_control(max(0.0, deadline_s - time.monotonic()))
+            if isinstance(reply, Refused):
+                raise ProbeRefused(reply.reason)
+            if reply is None:
+                raise ConnectionResetError("the worker is gone")
+            if reply != ProbeAccepted(epoch=receiver_epoch):
+                raise ProbeRefused(f"unexpected reply {type(reply).__name__}")
+        except BaseException:
+            connection.close()
+            raise
+        return ProbeChannel(connection.sock, receiver_epoch)
+
+    def fileno(self) -> int:
+        """For poll: readable means that ``recv_ready`` returns answers or sets ``eof``."""
+        return self.sock.fileno()
+
+    def send(self, sequence: int) -> None:
+        """Ask. Raises ConnectionError once the channel is over; a worker that takes no probes misses them."""
+        if self.eof:
+            raise ConnectionResetError(self.end_cause)
+        try:
+            sent_bytes = self.sock.send(pack_probe(PROBE, self.receiver_epoch, sequence, 0), SEND_FLAGS)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end("the probe channel is closed")
+            raise ConnectionResetError(self.end_cause) from error
+        if sent_bytes != PROBE_FRAME_BYTES:
+            self._end("part of a probe was sent")
+            raise ConnectionResetError(self.end_cause)
+
+    def recv_ready(self) -> list[Answer]:
+        """Answers that have arrived."""
+        if self.eof:
+            return []
+        try:
+            raw = self.sock.recv(_SEQUENCES_PER_READ * PROBE_FRAME_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        except OSError:
+            raw = b""
+        if not raw:
+            self._end("the probe channel is closed")
+            return []
+        raw = self._rest + raw
+        whole = len(raw) - len(raw) % PROBE_FRAME_BYTES
+        self._rest = raw[whole:]
+        try:
+            return [
+                unpack_answer(raw[at : at + PROBE_FRAME_BYTES], self.receiver_epoch)
+                for at in range(0, whole, PROBE_FRAME_BYTES)
+            ]
+        except ProtocolError as error:
+            self._end(str(error))
+            return []
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for something to read; for those who have nothing else to wait for."""
+        poll = select.poll()
+        poll.register(self.sock.fileno(), select.POLLIN)
+        return bool(poll.poll(timeout_s * 1e3))
+
+    def close(self) -> None:
+        """Close; twice is harmless."""
+        self._end("closed")
+        hang_up(self.sock, self._owner_pid)
+
+    def _end(self, cause: str) -> None:
+        if not self.eof:
+            self.eof, self.end_cause = True, cause
+
+
+class ProbeResponder:
+    """The answering side: one native thread per process, which needs no interpreter lock.
+
+    ``progress`` is a uint64 [1]; the computing thread adds to it with every unit of work it has done.
+    ``refused`` counts connections that were not for this incarnation. Raises ValueError if the process has
+    one already.
+    """
+
+    def __init__(self, epoch: int, *, channels_max: int = CHANNELS_MAX) -> None:
+        self.epoch = epoch
+        self.refused = 0
+        self.progress: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
+        # The tensor shares the array's memory, and the native side keeps it.
+        native.probe_start(torch.from_numpy(self.progress.view(np.int64)), epoch, channels_max)
+
+    def adopt(self, connection: Connection, opened: ProbeOpen) -> bool:
+        """Answer on ``connection``, which asked for it and is taken over; False if it was refused."""
+        try:
+            if opened.receiver_epoch != self.epoch:
+                self.refused += 1
+                reason = f"the probe is for epoch {opened.receiver_epoch}, but this worker is {self.epoch}"
+                connection.send_control(Refused(reason=reason))
+                return False
+            connection.send_control(ProbeAccepted(epoch=self.epoch))
+            # The native thread owns a descriptor of its own: this one belongs to a Python object.
+            native.probe_adopt(os.dup(connection.fileno()))
+        except ConnectionError:
+            return False
+        finally:
+            # Not close(): it would cut the connection, the duplicate's as well.
+            with suppress(OSError):
+                connection.sock.close()
+        return True
+
+    @property
+    def counters(self) -> dict[str, float]:
+        answered, malformed, channels = native.probe_counters()
+        return {
+            "probes_answered": float(answered),
+            "probe_channels": float(channels),
+            "probe_channels_refused": float(malformed + self.refused),
+        }
+
+    def close(self) -> None:
+        """End the thread and its channels."""
+        native.probe_stop()

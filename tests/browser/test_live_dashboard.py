@@ -1,0 +1,65 @@
+"""A real cluster in a real browser: a worker is killed in the page, and the page shows it die and return."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+from tests.workload import SMALL_LAYERS, Answer, ask, differing, mixed_requests
+
+from tarragon.cluster import Cluster
+from tarragon.models.demo import ensure_demo_model
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+BACK_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def cluster(browser: Browser) -> Iterator[Cluster]:
+    """Only where there is a browser: a cluster takes its time."""
+    model = ensure_demo_model(layers=SMALL_LAYERS)
+    with Cluster(model, 2, 2, engine_args=("--max-model-len=1024",)) as running:
+        yield running
+
+
+def test_a_worker_killed_in_the_page_dies_and_returns(page: Page, cluster: Cluster) -> None:
+    model = ensure_demo_model(layers=SMALL_LAYERS).name
+    bodies = mixed_requests(4, seed=3, vocabulary=40_000, long_tokens=100, output_tokens=400)
+    # A thread, because the browser's driver has an event loop in this one.
+    with ThreadPoolExecutor(1) as pool:
+
+        def answers() -> Future[list[Answer]]:
+            return pool.submit(ask, cluster.url, model, bodies, concurrency=4)
+
+        undisturbed = answers().result(120)
+        disturbed = _kill_while(answers, page, cluster).result(120)
+    assert differing(disturbed, undisturbed) == [], "the streams did not notice"
+
+
+def _kill_while(
+    answers: Callable[[], Future[list[Answer]]], page: Page, cluster: Cluster
+) -> Future[list[Answer]]:
+    """Kill ew-0 in the page while streams run; return when the page shows it back."""
+    before = cluster.pids()["ew-0"]
+    page.goto(cluster.admin_url)
+    victim = page.locator('[data-id="ew-0"]')
+    expect(victim).to_contain_text(f"pid{before}")
+    expect(page.locator("#badges")).to_contain_text("full capacity")
+
+    disturbed = answers()
+    expect(victim).to_contain_text(re.compile(r"[1-9][\d,.]* rows/s"))
+    page.get_by_role("button", name="Kill ew-0").click()
+    page.locator("#ask-yes").click()
+    expect(victim).to_contain_text(re.compile(r"died at [\d:]+: .*SIGKILL"))
+    expect(page.locator("#event-rows")).to_contain_text(re.compile("ew-0dead"))
+    expect(page.locator("#throughput .mark[data-kind=dead]")).to_have_count(1)
+
+    expect(victim).to_have_attribute("data-state", "healthy", timeout=BACK_MS)
+    expect(victim).not_to_contain_text(f"pid{before}")
+    expect(page.locator("#throughput .mark[data-kind=healthy]")).to_have_count(1)
+    expect(page.locator("#badges")).to_contain_text("full capacity", timeout=BACK_MS)
+    assert cluster.pids()["ew-0"] != before
+    return disturbed

@@ -1,0 +1,135 @@
+"""The death of an attention worker: nothing lost, repeated or changed, for every kind of request."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.streams import Reading, kinds, read_all, with_stops
+
+from tarragon.cluster import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+TOKENS = 48
+FULL_CAPACITY_S = 120.0
+
+
+def bodies_of_every_kind(url: str, model: str) -> tuple[dict[str, dict[str, Any]], list[Reading]]:
+    """All kinds of requests, and what their readers get when nothing happens."""
+    rng = random.Random(5)
+    prefix = [rng.randrange(5, 40_000) for _ in range(400)]
+    bodies = kinds("Tell me a story about a lighthouse keeper who", prefix, TOKENS)
+    plain = read_all(url, model, list(bodies.values()))
+    stops = with_stops(bodies, plain)
+    return bodies | stops, plain + read_all(url, model, list(stops.values()))
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """Filled by the first test that needs it: the answers do not depend on the cluster."""
+    return {}
+
+
+def undisturbed(
+    expected: dict[str, Any], cluster: Cluster, model: str
+) -> tuple[dict[str, Any], list[Reading]]:
+    if not expected:
+        bodies, readings = bodies_of_every_kind(cluster.url, model)
+        expected["both"] = bodies, readings
+    both: tuple[dict[str, Any], list[Reading]] = expected["both"]
+    return both
+
+
+def counters(cluster: Cluster, name: str) -> float:
+    return sum(
+        worker.get("counters", {}).get(name, 0.0)
+        for worker in cluster.status()["workers"]
+        if worker["role"] == "attention"
+    )
+
+
+class Once:
+    """Kills a worker the first time that the streams have brought so many tokens."""
+
+    def __init__(self, kill: Callable[[], None], at: int) -> None:
+        self._kill, self._at, self._lock, self.done = kill, at, threading.Lock(), False
+        self._counts: dict[int, int] = {}
+
+    def __call__(self, stream: int, count: int) -> None:
+        with self._lock:
+            self._counts[stream] = count
+            if self.done or sum(self._counts.values()) < self._at:
+                return
+            self.done = True
+        threading.Thread(target=self._kill).start()
+
+
+def assert_same(bodies: dict[str, Any], got: list[Reading], wanted: list[Reading]) -> None:
+    for name, reading, other in zip(bodies, got, wanted, strict=True):
+        assert reading == other, name
+
+
+@pytest.mark.parametrize(
+    ("victim", "share"),
+    [("aw-0", 0.02), ("aw-1", 0.5), ("aw-0", 0.9)],
+    ids=["first tokens", "middle", "last tokens"],
+)
+def test_a_killed_attention_worker_changes_no_stream(
+    cluster: Cluster, model_name: str, expected: dict[str, Any], victim: str, share: float
+) -> None:
+    bodies, wanted = undisturbed(expected, cluster, model_name)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    pid = cluster.pids()[victim]
+    total = sum(len(tokens) for reading in wanted for tokens in reading.tokens.values())
+    fault = Once(lambda: cluster.kill(victim), max(1, int(share * total)))
+
+    got = read_all(cluster.url, model_name, list(bodies.values()), fault)
+
+    assert fault.done
+    assert_same(bodies, got, wanted)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    assert cluster.pids()[victim] != pid, "the fault did not happen"
+
+
+def test_requests_are_restored_from_the_checkpoint(
+    cluster: Cluster, model_name: str, expected: dict[str, Any]
+) -> None:
+    bodies, wanted = undisturbed(expected, cluster, model_name)
+    status = cluster.wait_for("protected", FULL_CAPACITY_S)
+    assert status["protected"]
+    got = read_all(cluster.url, model_name, list(bodies.values()), Once(lambda: cluster.kill("aw-1"), 200))
+    assert_same(bodies, got, wanted)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    assert counters(cluster, "restored_positions") > 0
+    assert counters(cluster, "restore_corrupt") == 0
+
+
+def test_a_stopped_attention_worker_that_wakes_does_no_harm(
+    cluster: Cluster, model_name: str, expected: dict[str, Any]
+) -> None:
+    bodies, wanted = undisturbed(expected, cluster, model_name)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    pid = cluster.pids()["aw-0"]
+    got = read_all(
+        cluster.url, model_name, list(bodies.values()), Once(lambda: cluster.kill("aw-0", "SIGSTOP"), 200)
+    )
+    assert_same(bodies, got, wanted)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    assert cluster.pids()["aw-0"] != pid, "the fault did not happen"
+
+
+def test_both_roles_at_once(cluster: Cluster, model_name: str, expected: dict[str, Any]) -> None:
+    bodies, wanted = undisturbed(expected, cluster, model_name)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+
+    def both() -> None:
+        cluster.kill("aw-1")
+        cluster.kill("ew-0")
+
+    got = read_all(cluster.url, model_name, list(bodies.values()), Once(both, 250))
+    assert_same(bodies, got, wanted)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)

@@ -1,0 +1,191 @@
+"""Expert workers that hang, are cut off, die in a row, or are the last: streams go on, or fail clearly."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from tests.cluster.conftest import Clusters
+from tests.workload import Answer, ask, differing, mixed_requests
+
+from tarragon.cluster import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+BODIES = mixed_requests(8, seed=11, vocabulary=40_000, long_tokens=300, output_tokens=96)
+UNDISTURBED: list[Answer] = []
+_PIDFD_GETFD = 438
+
+
+@pytest.fixture
+def cluster(clusters: Clusters) -> Cluster:
+    """2 attention workers, and 3 expert workers so that two may be lost."""
+    return clusters.get(2, 3)
+
+
+@pytest.fixture
+def undisturbed(cluster: Cluster, model_name: str) -> list[Answer]:
+    """What BODIES are answered when nothing happens; asked once."""
+    if not UNDISTURBED:
+        UNDISTURBED.extend(ask(cluster.url, model_name, BODIES, concurrency=8))
+    return UNDISTURBED
+
+
+def worker(cluster: Cluster, worker_id: str) -> dict[str, Any]:
+    return next(entry for entry in cluster.status()["workers"] if entry["id"] == worker_id)
+
+
+def events(cluster: Cluster, worker_id: str, kind: str) -> list[str]:
+    found = httpx.get(f"{cluster.admin_url}/events", params={"limit": 1_000}).json()["events"]
+    return [event["text"] for event in found if (event["worker_id"], event["kind"]) == (worker_id, kind)]
+
+
+def wait_until(what: str, holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline_s, what
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def under_load(cluster: Cluster, model_name: str, worker_id: str) -> Iterator[list[Answer]]:
+    """BODIES run beside the block, which begins when the worker computes for them."""
+    answers: list[Answer] = []
+    reader = threading.Thread(
+        target=lambda: answers.extend(ask(cluster.url, model_name, BODIES, concurrency=8)), daemon=True
+    )
+    before = worker(cluster, worker_id)["counters"].get("batches", 0)
+    reader.start()
+    wait_until(
+        "the load reached nobody", lambda: worker(cluster, worker_id)["counters"].get("batches", 0) > before
+    )
+    yield answers
+    reader.join(timeout=180)
+    assert not reader.is_alive(), "a stream hangs"
+
+
+def counted(cluster: Cluster, name: str) -> float:
+    return sum(entry.get("counters", {}).get(name, 0) for entry in cluster.status()["workers"])
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_stopped_expert_worker_changes_no_stream_and_its_return_does_no_harm(
+    cluster: Cluster, model_name: str, undisturbed: list[Answer]
+) -> None:
+    before = worker(cluster, "ew-1")
+    with under_load(cluster, model_name, "ew-1") as answers:
+        cluster.kill("ew-1", "SIGSTOP")
+        wait_until("it was not replaced", lambda: worker(cluster, "ew-1")["epoch"] != before["epoch"], 10)
+        # It wakes while the others go on with what it had: its epoch is stale, and nobody listens to it.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(before["pid"]), signal.SIGCONT)
+    assert differing(answers, undisturbed) == []
+    assert any("unanswered" in cause for cause in events(cluster, "ew-1", "dead")), "no probe found it"
+    cluster.wait_for("full_capacity", 120)
+    wait_until("the old process is still there", lambda: is_gone(int(before["pid"])), 15)
+    assert differing(ask(cluster.url, model_name, BODIES, concurrency=8), undisturbed) == []
+
+
+def cut(one_pid: int, other_pid: int) -> int:
+    """Shut every socket that ``one`` accepted from ``other`` down, from outside; returns how many."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(one_pid)
+    found = 0
+    try:
+        for name in os.listdir(f"/proc/{one_pid}/fd"):
+            with contextlib.suppress(OSError):
+                if not os.readlink(f"/proc/{one_pid}/fd/{name}").startswith("socket:"):
+                    continue
+                copy = libc.syscall(_PIDFD_GETFD, pidfd, int(name), 0)
+                assert copy >= 0, os.strerror(ctypes.get_errno())
+                with socket.socket(fileno=copy) as sock:
+                    peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                    if struct.unpack("3i", peer)[0] == other_pid:
+                        sock.shutdown(socket.SHUT_RDWR)
+                        found += 1
+    finally:
+        os.close(pidfd)
+    return found
+
+
+def test_a_cut_link_is_the_matter_of_its_two_ends(
+    cluster: Cluster, model_name: str, undisturbed: list[Answer]
+) -> None:
+    cluster.wait_for("full_capacity", 120)
+    before = {entry["id"]: (entry["pid"], entry["epoch"]) for entry in cluster.status()["workers"]}
+    dead = events(cluster, "ew-2", "dead")
+    lost = worker(cluster, "aw-0")["counters"]["links_lost"]
+    with under_load(cluster, model_name, "ew-2") as answers:
+        assert cut(before["ew-2"][0], before["aw-0"][0]) == 2, "the data link and the probes"
+    assert differing(answers, undisturbed) == []
+    wait_until("no link was lost", lambda: worker(cluster, "aw-0")["counters"]["links_lost"] == lost + 1)
+    # Both attention workers and the orchestrator: the two ends have found each other again.
+    wait_until("they stay apart", lambda: worker(cluster, "ew-2")["counters"]["probe_channels"] == 3)
+    after = {entry["id"]: (entry["pid"], entry["epoch"]) for entry in cluster.status()["workers"]}
+    assert (after, events(cluster, "ew-2", "dead")) == (before, dead)
+    assert worker(cluster, "ew-2")["state"] == "healthy"
+
+
+def test_two_expert_workers_killed_one_after_the_other_change_no_stream(
+    cluster: Cluster, model_name: str, undisturbed: list[Answer]
+) -> None:
+    cluster.wait_for("full_capacity", 120)
+    before = {victim: worker(cluster, victim)["epoch"] for victim in ("ew-0", "ew-2")}
+    with under_load(cluster, model_name, "ew-0") as answers:
+        cluster.kill("ew-0")
+        time.sleep(0.3)  # the first is being replaced
+        cluster.kill("ew-2")
+    assert differing(answers, undisturbed) == []
+    cluster.wait_for("full_capacity", 120)
+    assert all(worker(cluster, victim)["epoch"] > epoch for victim, epoch in before.items())
+
+
+@pytest.mark.parametrize("victim", ["ew-0", "aw-1"])
+def test_one_that_hangs_without_traffic_is_found_and_replaced(cluster: Cluster, victim: str) -> None:
+    cluster.wait_for("full_capacity", 120)
+    before = worker(cluster, victim)
+    cluster.kill(victim, "SIGSTOP")
+    wait_until("nobody noticed", lambda: worker(cluster, victim)["epoch"] > before["epoch"], 10)
+    wait_until("the old process is still there", lambda: is_gone(int(before["pid"])), 15)
+
+
+def test_the_last_replica_lost_is_a_503_after_the_limit_and_later_requests_are_served(
+    clusters: Clusters, model_name: str
+) -> None:
+    alone = clusters.get(1, 1, expert_unreachable_timeout_s=0.5, link_retry_ms=100.0)
+    undisturbed = ask(alone.url, model_name, BODIES[:4], concurrency=4)
+    attention = worker(alone, "aw-0")["pid"]
+    body = {"model": model_name, "prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
+    before = worker(alone, "ew-0")["counters"].get("batches", 0)
+    replies: list[httpx.Response] = []
+    reader = threading.Thread(
+        target=lambda: replies.append(httpx.post(f"{alone.url}/v1/completions", json=body, timeout=60)),
+        daemon=True,
+    )
+    reader.start()
+    wait_until("no load", lambda: worker(alone, "ew-0")["counters"].get("batches", 0) > before)
+    alone.kill("ew-0")
+    reader.join(timeout=60)
+    assert not reader.is_alive(), "the request hangs"
+    assert replies[0].status_code == 503, replies[0].text
+    assert "has no live host" in replies[0].text
+    alone.wait_for("full_capacity", 120)
+    assert worker(alone, "aw-0")["pid"] == attention, "the attention worker died of it"
+    assert differing(ask(alone.url, model_name, BODIES[:4], concurrency=4), undisturbed) == []

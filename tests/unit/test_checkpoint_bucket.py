@@ -1,0 +1,309 @@
+"""Buckets: what is committed comes back bit for bit, and nothing else ever does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tarragon.checkpoint.bucket import Bucket, BucketError, BucketShape, create
+from tarragon.checkpoint.restore import Restorer, RowKind, Source
+from tarragon.checkpoint.writer import Checkpointer, Fenced, Rows, Scheduled
+
+SHAPE = BucketShape(
+    layers=3,
+    slots=64,
+    row_bytes=2 * 2 * 8 * 2,
+    records=4,
+    blocks_max=8,
+    block_sizes=(4,),
+    layer_groups=(0, 0, 0),
+    fingerprint="same",
+)
+KINDS = [RowKind(0, (2, 8), (2, 8), torch.bfloat16)] * 3
+
+
+class Worker:
+    """One attention worker's writing side over a fresh bucket, with made-up rows."""
+
+    def __init__(self, shape: BucketShape = SHAPE, *, deferred: bool = True) -> None:
+        self.fd = create(shape.total_bytes)
+        self.writer = Checkpointer(deferred=deferred)
+        self.writer.attach(Bucket.map(self.fd, shape))
+        self.tables = torch.zeros(4, 8, dtype=torch.int32)
+        self.rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def write(self, row: int, start: int, stop: int) -> None:
+        slots = torch.tensor(
+            [int(self.tables[row, position // 4]) * 4 + position % 4 for position in range(start, stop)]
+        )
+        for layer in range(SHAPE.layers):
+            # As the engine has them: parts of one wider matrix.
+            both = torch.randn(len(slots), 2, 2, 8).to(torch.bfloat16)
+            key, value = both[:, 0], both[:, 1]
+            self.writer.capture(Rows(layer, key, value, slots))
+            for i, slot in enumerate(slots.tolist()):
+                self.rows[layer, slot] = key[i].clone(), value[i].clone()
+
+    def commit(self, name: str, row: int, positions: int, attempt: int = 1) -> None:
+        self.writer.commit([Scheduled(name, row, positions)], [self.tables], {name: attempt})
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker()
+    made.tables[0, :3] = torch.tensor([5, 2, 9])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def reader(worker: Worker) -> Restorer:
+    restorer = Restorer("same")
+    restorer.add("aw-0", 7, worker.fd)
+    return restorer
+
+
+def found(reader: Restorer, name: str = "r", attempt: int = 1) -> Source | None:
+    return reader.find(name, [("aw-0", 7, attempt)])
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_committed_rows_come_back_bit_for_bit(deferred: bool) -> None:
+    worker = Worker(deferred=deferred)
+    worker.tables[0, :3] = torch.tensor([5, 2, 9])
+    worker.write(0, 0, 10)
+    worker.commit("r", 0, 10)
+    restorer = Restorer("same")
+    restorer.add("aw-0", 7, worker.fd)
+    source = found(restorer)
+    assert source is not None and source.record.positions == 10
+    rows = restorer.read(source, 2, 10, KINDS)
+    assert rows is not None
+    for layer, taken in enumerate(rows):
+        assert taken.positions.tolist() == list(range(2, 10))
+        for i, position in enumerate(range(2, 10)):
+            slot = [5, 2, 9][position // 4] * 4 + position % 4
+            key, value = worker.rows[layer, slot]
+            assert torch.equal(taken.key[i], key) and torch.equal(taken.value[i], value)
+    worker.close()
+
+
+def test_what_is_not_committed_is_not_seen(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 0, 6)
+    worker.writer.flush()
+    assert found(reader) is None
+
+
+def test_a_commit_covers_no_more_than_it_says(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6)
+    worker.write(0, 6, 7)
+    worker.writer.flush()
+    source = found(reader)
+    assert source is not None and source.record.positions == 6
+
+
+def test_another_attempt_is_not_this_one(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6, attempt=3)
+    assert found(reader, attempt=2) is None
+    assert found(reader, attempt=3) is not None
+
+
+def test_the_longest_commit_wins(worker: Worker, reader: Restorer) -> None:
+    other = Worker()
+    other.write(1, 0, 3)
+    other.commit("r", 1, 3, attempt=2)
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6, attempt=1)
+    reader.add("aw-1", 9, other.fd)
+    source = reader.find("r", [("aw-1", 9, 2), ("aw-0", 7, 1)])
+    assert source is not None and source.record.positions == 6
+    other.close()
+
+
+def test_a_released_record_is_gone(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6)
+    worker.writer.release(["r", "unknown"])
+    assert found(reader) is None
+
+
+def test_records_come_back_when_requests_end(worker: Worker) -> None:
+    for i in range(3 * SHAPE.records):
+        worker.commit(f"r{i}", 0, 4)
+        worker.writer.release([f"r{i}"])
+    assert worker.writer.counters.checkpoint_records_short == 0
+
+
+def test_more_requests_than_records_run_unprotected(worker: Worker, reader: Restorer) -> None:
+    for i in range(SHAPE.records + 1):
+        worker.commit(f"r{i}", 0, 4)
+    assert worker.writer.counters.checkpoint_records_short == 1
+    assert found(reader, f"r{SHAPE.records}") is None
+
+
+def test_reading_seals_and_the_writer_stops(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6)
+    before = worker.writer.bucket
+    assert before is not None
+    rows = before.rows.clone()
+    found(reader)
+    worker.write(0, 4, 6)
+    with pytest.raises(Fenced):
+        worker.writer.flush()
+    assert torch.equal(rows, before.rows)
+
+
+def test_a_flipped_byte_in_a_row_is_found(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6)
+    bucket = worker.writer.bucket
+    assert bucket is not None
+    bucket.rows[1, 5 * 4 + 2, 17] ^= 1
+    source = found(reader)
+    assert source is not None
+    assert reader.read(source, 0, 2, KINDS) is not None, "the damage lies beyond"
+    assert reader.read(source, 0, 6, KINDS) is None
+    assert reader.counters.restore_corrupt == 1
+
+
+def test_a_flipped_byte_in_a_record_is_found(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6)
+    bucket = worker.writer.bucket
+    assert bucket is not None
+    index = next(iter(worker.writer._records.values()))
+    bucket.records[index, 224] ^= 1  # the number of a block
+    assert found(reader) is None
+    assert reader.counters.restore_corrupt == 1
+
+
+def test_rows_from_before_the_bucket_are_known_to_be_missing(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 4, 6)
+    worker.commit("r", 0, 6)
+    source = found(reader)
+    assert source is not None
+    assert reader.read(source, 0, 6, KINDS) is None
+    assert reader.counters.restore_incomplete == 1
+    assert reader.counters.restore_corrupt == 0
+
+
+def test_a_writer_that_wakes_while_its_rows_are_read_is_noticed(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6)
+    source = found(reader)
+    assert source is not None
+    worker.writer.release(["r"])  # it takes its record back before it overwrites anything
+    assert reader.read(source, 0, 6, KINDS) is None
+
+
+def test_another_fingerprint_is_not_read(worker: Worker) -> None:
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6)
+    stranger = Restorer("another model")
+    stranger.add("aw-0", 7, worker.fd)
+    assert found(stranger) is None
+
+
+def test_blocks_that_a_window_has_passed_are_left_out(worker: Worker, reader: Restorer) -> None:
+    worker.tables[0, 0] = 0
+    worker.write(0, 4, 10)
+    worker.commit("r", 0, 10)
+    source = found(reader)
+    assert source is not None
+    rows = reader.read(source, 0, 10, KINDS)
+    assert rows is not None
+    assert rows[0].positions.tolist() == list(range(4, 10))
+
+
+def test_copied_blocks_are_copied(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 0, 8)
+    worker.writer.flush()
+    worker.writer.copy_blocks([(5, 11)], 4)
+    worker.tables[1, :2] = torch.tensor([11, 2])
+    worker.commit("twin", 1, 8)
+    source = found(reader, "twin")
+    assert source is not None
+    rows = reader.read(source, 0, 8, KINDS)
+    assert rows is not None
+    assert torch.equal(rows[2].key[1], worker.rows[2, 5 * 4 + 1][0])
+
+
+def test_what_is_no_bucket_is_refused() -> None:
+    plain = os.memfd_create("x")
+    with pytest.raises(BucketError, match="not sealed"):
+        Bucket.map(plain)
+    os.close(plain)
+    fd = create(SHAPE.total_bytes)
+    with pytest.raises(BucketError, match="does not begin"):
+        Bucket.map(fd)
+    larger = BucketShape(**{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__ if f != "slots"}, slots=4096)
+    with pytest.raises(BucketError, match="its shape needs"):
+        Bucket.map(fd, larger)
+    os.close(fd)
+    with pytest.raises(BucketError, match="within"):
+        create(1 << 50)
+
+
+@pytest.mark.parametrize(
+    "change", [{"slots": 0}, {"layer_groups": (0, 1, 0)}, {"layer_groups": (0,)}, {"slots": 1 << 40}]
+)
+def test_shapes_out_of_bounds_are_refused(change: dict[str, object]) -> None:
+    fields = {name: getattr(SHAPE, name) for name in SHAPE.__struct_fields__} | change
+    with pytest.raises(BucketError):
+        BucketShape(**fields)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_history_restores_exactly_what_was_committed(data: st.DataObject) -> None:
+    """Requests come, grow, shrink (preemption) and end in any order, sharing the blocks of a small cache."""
+    worker = Worker()
+    reader = Restorer("same")
+    reader.add("aw-0", 7, worker.fd)
+    free = list(range(1, 16))
+    live: dict[str, tuple[int, int]] = {}
+    for step in range(data.draw(st.integers(1, 12))):
+        name = data.draw(st.sampled_from(["a", "b", "c"]), label=f"step {step}")
+        if name in live and data.draw(st.booleans(), label="ends"):
+            row, positions = live.pop(name)
+            worker.writer.release([name])
+            free.extend(worker.tables[row, : -(-positions // 4)].tolist())
+            continue
+        row, start = live.get(name, ("abc".index(name), 0))
+        stop = min(start + data.draw(st.integers(1, 6), label="tokens"), 20)
+        held, wanted = -(-start // 4), -(-stop // 4)
+        if wanted - held > len(free) or stop == start:
+            continue
+        for block in range(held, wanted):
+            worker.tables[row, block] = free.pop(0)
+        worker.write(row, start, stop)
+        worker.commit(name, row, stop)
+        live[name] = (row, stop)
+    for name in "abc":
+        source = found(reader, name)
+        if name not in live:
+            assert source is None
+            continue
+        row, positions = live[name]
+        assert source is not None and source.record.positions == positions
+        rows = reader.read(source, 0, positions, KINDS)
+        assert rows is not None
+        slots = np.array(
+            [int(worker.tables[row, p // 4]) * 4 + p % 4 for p in range(positions)], dtype=np.int64
+        )
+        for layer, taken in enumerate(rows):
+            for i, slot in enumerate(slots.tolist()):
+                assert torch.equal(taken.key[i], worker.rows[layer, slot][0])
+                assert torch.equal(taken.value[i], worker.rows[layer, slot][1])
+    worker.close()

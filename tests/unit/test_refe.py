@@ -1,0 +1,359 @@
+"""REFE against expert workers that die, hang, wedge or dawdle: rows are answered in time.
+
+The workers are threads with real sockets and regions; each computes ``row * (expert + 2)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tarragon.config import Config
+from tarragon.messages import DataFrame, DataKind, Peer, Table
+from tarragon.refe.engine import ExpertUnreachable, Refe
+from tarragon.refe.links import LinkDown, NewLink, NewTable
+from tarragon.testing.ends import WAIT_S, connection_pair, thread
+from tarragon.transport.link import DataLink, Offer
+from tarragon.transport.probe import ANSWER, PROBE_FRAME_BYTES, ProbeChannel, pack_probe
+from tarragon.transport.region import RegionShape
+
+LAYERS, EXPERTS, HIDDEN, TOP_K, TOKENS = 2, 4, 8, 2, 6
+SHAPE = RegionShape(dtype="float32", hidden=HIDDEN, pairs_max=TOKENS * TOP_K)
+AW_EPOCH = 9
+CONFIG = Config(
+    probe_silence_ms=40.0,
+    probe_interval_ms=20.0,
+    probe_misses_max=4,
+    expert_batch_ms_max=300.0,
+    expert_unreachable_timeout_s=0.3,
+    expert_answer_timeout_s=1.0,
+)
+IDS = torch.tensor([[t % EXPERTS, (t + 1) % EXPERTS] for t in range(TOKENS)], dtype=torch.int32)
+ROWS = torch.arange(TOKENS * HIDDEN, dtype=torch.float32).view(TOKENS, HIDDEN)
+WEIGHTS = torch.full((TOKENS, TOP_K), 0.5)
+EXPECTED = ROWS * (IDS.float() + 2).mul(0.5).sum(1, keepdim=True)
+
+
+class FakeExpertWorker:
+    """Answers doorbells and probes until told otherwise."""
+
+    def __init__(self, name: str, epoch: int) -> None:
+        self.peer = Peer(worker_id=name, role="expert", epoch=epoch, address="")
+        self.hangs = self.wedged = self.mute = False
+        self.answer_after_s = 0.0
+        self.frames: list[DataFrame] = []
+        self.probed = self.progress = 0
+        aw, ew = connection_pair()
+        offer = Offer(worker_id="aw-0", epoch=AW_EPOCH, peer_epoch=epoch, shape=SHAPE)
+        with thread(
+            lambda: DataLink.accept(ew, hidden=HIDDEN, dtype="float32", epoch=epoch, timeout_s=WAIT_S)
+        ) as accepted:
+            offered = DataLink.offer(aw, offer)
+        assert isinstance(accepted.value, DataLink), accepted.error
+        self.link = accepted.value
+        asking, self.answering = socket.socketpair()
+        self.new = NewLink(self.peer, offered, ProbeChannel(asking, epoch))
+        self.awake = threading.Event()
+        self.threads = [
+            threading.Thread(target=target, daemon=True) for target in (self._compute, self._respond)
+        ]
+        for runner in self.threads:
+            runner.start()
+
+    def _compute(self) -> None:
+        while (frame := self.link.recv()) is not None:
+            self.frames.append(frame)
+            if frame.kind != DataKind.ROWS or self.mute:
+                continue
+            deadline_s = time.monotonic() + self.answer_after_s
+            while self.hangs or self.wedged or time.monotonic() < deadline_s:
+                if self.awake.wait(0.005):
+                    break
+                self.progress += not (self.hangs or self.wedged)
+            span = slice(frame.first, frame.first + frame.pairs)
+            region = self.link.region
+            region.results[span] = region.rows[span] * (region.expert_ids[span].float() + 2)[:, None]
+            with contextlib.suppress(ConnectionError):
+                self.answer(frame)
+
+    def answer(self, frame: DataFrame, step: int | None = None) -> None:
+        self.link.send(
+            DataFrame(
+                DataKind.RESULT,
+                frame.layer,
+                self.peer.epoch,
+                AW_EPOCH,
+                frame.pairs,
+                frame.step if step is None else step,
+            )
+        )
+
+    def _respond(self) -> None:
+        with contextlib.suppress(OSError):
+            while len(raw := self.answering.recv(PROBE_FRAME_BYTES)) == PROBE_FRAME_BYTES:
+                self.probed += 1
+                if not self.hangs:
+                    sequence = int.from_bytes(raw[16:24], "little")
+                    self.answering.send(pack_probe(ANSWER, self.peer.epoch, sequence, self.progress))
+
+    def die(self) -> None:
+        self.link.close_socket()
+        with contextlib.suppress(OSError):
+            self.answering.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        self.awake.set()
+        self.die()
+        for runner in self.threads:
+            runner.join(WAIT_S)
+        self.answering.close()
+
+
+Group = tuple[Refe, list[FakeExpertWorker], list[tuple[str, str]]]
+
+
+def table(workers: list[FakeExpertWorker], version: int = 1) -> NewTable:
+    """Expert e is at worker e mod n first, then at all others in turn."""
+    count = len(workers)
+    row = [[(expert + i) % count for i in range(count)] for expert in range(EXPERTS)]
+    return NewTable(
+        Table(version=version, workers=[worker.peer for worker in workers], candidates=[row] * LAYERS)
+    )
+
+
+@contextlib.contextmanager
+def group(count: int, config: Config = CONFIG) -> Iterator[Group]:
+    workers = [FakeExpertWorker(f"ew-{i}", 100 + i) for i in range(count)]
+    lost: list[tuple[str, str]] = []
+    refe = Refe(
+        layers=LAYERS,
+        experts=EXPERTS,
+        top_k=TOP_K,
+        pairs_max=TOKENS * TOP_K,
+        epoch=AW_EPOCH,
+        config=config,
+        on_lost=lambda peer, cause: lost.append((peer.worker_id, cause)),
+        on_table=lambda version: None,
+    )
+    refe.post(table(workers))
+    for worker in workers:
+        refe.post(worker.new)
+    try:
+        yield refe, workers, lost
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def layer(refe: Refe, position: int = 0) -> float:
+    """Run one layer of a step of its own, check the outcome; returns how long it took, in ms."""
+    refe.begin_step(TOKENS, continues=False)
+    start_s = time.monotonic()
+    out = refe.expert_io(position, IDS, ROWS, WEIGHTS)
+    took_ms = (time.monotonic() - start_s) * 1e3
+    assert torch.equal(out, EXPECTED)
+    return took_ms
+
+
+def test_nobody_is_asked_while_all_answer() -> None:
+    with group(2) as (refe, workers, lost):
+        for position in (0, 1, 0, 1):
+            layer(refe, position)
+        assert (refe.counters.probes, [worker.probed for worker in workers], lost) == (0, [0, 0], [])
+
+
+def test_a_closed_link_is_replayed_at_once_as_priority() -> None:
+    with group(2) as (refe, workers, lost):
+        layer(refe)
+        workers[0].hangs = True
+        refe.on_gap = workers[0].die
+        assert layer(refe) < 40
+        assert lost == [("ew-0", "connection closed")]
+        assert refe.counters.replayed_pairs == 6
+        assert [bool(frame.flags & 2) for frame in workers[1].frames if frame.kind == 2] == [
+            False,
+            False,
+            True,
+        ]
+
+
+def test_a_hang_costs_one_detection_and_then_nothing() -> None:
+    with group(3) as (refe, workers, lost):
+        layer(refe)
+        workers[1].hangs = True
+        assert 119 < layer(refe) < 250
+        [(name, cause)] = lost
+        assert (name, cause.split(", ")[1]) == ("ew-1", "4 probes in a row unanswered")
+        assert refe.counters.links_hung == 1
+        assert layer(refe) < 40
+
+
+def test_what_a_hung_worker_answers_when_it_wakes_reaches_nobody() -> None:
+    with group(2) as (refe, workers, lost):
+        workers[0].hangs = True
+        layer(refe)
+        workers[0].hangs = False
+        workers[0].awake.set()
+        workers[0].threads[0].join(WAIT_S)  # it computed, could not answer, and saw the end of its link
+        for position in (1, 0, 1):
+            layer(refe, position)
+        assert [name for name, _ in lost] == ["ew-0"]
+
+
+def test_two_that_hang_at_once_cost_one_detection() -> None:
+    with group(3) as (refe, workers, lost):
+        workers[0].hangs = workers[2].hangs = True
+        assert layer(refe) < 250
+        assert sorted(name for name, _ in lost) == ["ew-0", "ew-2"]
+
+
+def test_one_that_hangs_under_the_replay_is_found_too() -> None:
+    with group(3) as (refe, workers, lost):
+        workers[0].die()
+        workers[1].hangs = True
+        assert layer(refe) < 400
+        assert sorted(name for name, _ in lost) == ["ew-0", "ew-1"]
+
+
+def test_one_that_takes_the_replay_and_hangs_then_is_found_too() -> None:
+    with group(2) as (refe, workers, lost):
+        workers[0].hangs = True
+
+        def hang_after_first_answer() -> None:
+            while not refe.counters.links_hung:
+                workers[1].hangs = any(f.kind == DataKind.ROWS for f in workers[1].frames)
+                time.sleep(0.001)
+
+        with thread(hang_after_first_answer):
+            refe.begin_step(TOKENS, continues=False)
+            start_s = time.monotonic()
+            with pytest.raises(ExpertUnreachable):
+                refe.expert_io(0, IDS, ROWS, WEIGHTS)
+        assert time.monotonic() - start_s < 1.0
+        assert sorted(name for name, _ in lost) == ["ew-0", "ew-1"]
+
+
+def test_a_long_batch_is_no_failure_while_it_makes_progress() -> None:
+    with group(2) as (refe, workers, lost):
+        workers[0].answer_after_s = 0.8
+        assert layer(refe) > 700
+        assert (lost, workers[0].probed > 5) == ([], True)
+
+
+def test_a_wedged_worker_is_found_though_it_answers_probes() -> None:
+    with group(2) as (refe, workers, lost):
+        workers[0].wedged = True
+        assert 300 < layer(refe) < 800
+        [(name, cause)] = lost
+        assert (name, cause.split(" for ")[0]) == ("ew-0", "no progress")
+
+
+def test_rows_are_not_left_for_ever_with_one_that_only_looks_well() -> None:
+    with group(2) as (refe, workers, lost):
+        workers[0].mute = True
+        with thread(lambda: _bump(workers[0], lambda: bool(lost))):
+            assert 900 < layer(refe) < 2_000
+        assert lost == [("ew-0", "no answer for 1 s")]
+
+
+def _bump(worker: FakeExpertWorker, done: Callable[[], bool]) -> None:
+    while not done():
+        worker.progress += 1
+        time.sleep(0.01)
+
+
+def test_a_cut_probe_channel_fails_the_pair_only_when_it_is_needed() -> None:
+    with group(2) as (refe, workers, lost):
+        workers[0].answering.shutdown(socket.SHUT_RDWR)
+        layer(refe)
+        assert lost == []
+        workers[0].hangs = True
+        assert layer(refe) < 200
+        [(name, cause)] = lost
+        assert (name, cause) == ("ew-0", "it cannot be probed: the probe channel is closed")
+
+
+def test_stale_answers_are_dropped_and_counted() -> None:
+    with group(2) as (refe, workers, lost):
+        layer(refe)
+        rows = next(frame for frame in workers[0].frames if frame.kind == DataKind.ROWS)
+        workers[0].answer(rows)
+        workers[0].answer(rows, step=77)
+        workers[0].answer_after_s = workers[1].answer_after_s = 0.02
+        layer(refe, 1)
+        assert (refe.counters.stale_frames, lost) == (2, [])
+
+
+def test_the_last_replica_lost_fails_the_step_and_no_later_one() -> None:
+    with group(2) as (refe, workers, _lost):
+        workers[0].die()
+        workers[1].hangs = True
+        refe.begin_step(TOKENS, continues=False)
+        with pytest.raises(ExpertUnreachable, match="an expert of layer 0 has no live host"):
+            refe.expert_io(0, IDS, ROWS, WEIGHTS)
+        assert refe.counters.steps_unreachable == 1
+        fresh = FakeExpertWorker("ew-0", 200)
+        workers.append(fresh)
+        refe.post(table([fresh], version=2))
+        refe.post(fresh.new)
+        layer(refe)
+
+
+def test_rows_wait_for_a_new_host_and_go_on_with_it() -> None:
+    with group(1, CONFIG.__class__(expert_unreachable_timeout_s=5.0)) as (refe, workers, _lost):
+        workers[0].die()
+        fresh = FakeExpertWorker("ew-0", 200)
+        workers.append(fresh)
+
+        def replace() -> None:
+            time.sleep(0.2)
+            refe.post(LinkDown("ew-0", 100, "left the table"))
+            refe.post(table([fresh], version=2))
+            refe.post(fresh.new)
+
+        with thread(replace):
+            assert layer(refe) > 190
+        layer(refe, 1)
+
+
+def test_an_abandoned_layer_takes_its_late_answers_back_first() -> None:
+    """The next step must find every expert worker free: each holds one frame of this worker at a time."""
+    with group(2) as (refe, workers, lost):
+        layer(refe)
+        refe.post(
+            NewTable(
+                Table(
+                    version=2,
+                    workers=[worker.peer for worker in workers],
+                    candidates=[[[0], [1], [0], [1]]] * LAYERS,
+                )
+            )
+        )
+        workers[1].answer_after_s = 0.6
+        refe.begin_step(TOKENS, continues=False)
+        workers[0].die()
+        with pytest.raises(ExpertUnreachable):
+            refe.expert_io(0, IDS, ROWS, WEIGHTS)
+        workers[1].answer_after_s = 0.0
+        refe.post(table(workers, version=3))
+        layer(refe)
+        assert [name for name, _ in lost] == ["ew-0"]
+        assert refe.counters.stale_frames == 0
+
+
+def test_a_link_to_one_that_left_the_table_meanwhile_is_not_used() -> None:
+    with group(2) as (refe, workers, _lost):
+        layer(refe)
+        late = FakeExpertWorker("ew-7", 50)
+        workers.append(late)
+        refe.post(late.new)
+        layer(refe)
+        late.threads[0].join(WAIT_S)
+        assert late.frames == []
+        assert not late.threads[0].is_alive(), "its link was closed"

@@ -1,0 +1,62 @@
+"""A killed process's sockets close at once, though it held much memory; nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TIMEOUT_S = 60.0
+HOLDER = """
+import mmap, sys, time
+from tarragon.native.undertaker import spawn_undertaker
+memory = mmap.mmap(-1, 64 << 20)
+for page in range(0, len(memory), 4096):
+    memory[page] = 1
+print(spawn_undertaker(), flush=True)
+time.sleep(600)
+"""
+
+
+def ended(pid: int) -> bool:
+    """Gone, or a zombie that nobody has reaped yet: its memory is free."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def test_the_end_of_file_comes_before_the_memory_is_freed_and_the_undertaker_follows() -> None:
+    ours, theirs = socket.socketpair()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, pass_fds=[theirs.fileno()]
+    ) as holder:
+        theirs.close()
+        assert holder.stdout is not None
+        undertaker = int(holder.stdout.readline())
+        assert not ended(undertaker)
+        assert os.listdir(f"/proc/{undertaker}/fd") == []
+        holder.send_signal(signal.SIGKILL)
+        ours.settimeout(TIMEOUT_S)
+        assert ours.recv(1) == b""
+        holder.wait(TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not ended(undertaker):
+        assert time.monotonic() < deadline, "the undertaker outlived its parent"
+        time.sleep(0.01)
+
+
+def test_signals_for_the_parent_leave_the_undertaker_alone() -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        undertaker = int(holder.stdout.readline())
+        os.kill(undertaker, signal.SIGINT)
+        os.kill(undertaker, signal.SIGTERM)
+        time.sleep(0.1)
+        assert not ended(undertaker) and holder.poll() is None
+        holder.kill()
+        holder.wait(TIMEOUT_S)
