@@ -31,7 +31,7 @@ campaign: setup
 	for kind in $(KINDS); do \
 	    $(BIN)/tarragon bench sametext --kind $$kind --json build/campaign/sametext-$$kind.json || exit 1; \
 	done
-	$(BIN)/tarragon bench fidelity --json build/campaign/fidelity.json --plot build/campaign/fidelity.png
+	$(BIN)/tarragon bench fidelity --texts 12 --answers build/campaign/fidelity --json build/campaign/fidelity.json --plot build/campaign/fidelity.png
 	$(BIN)/tarragon simulate --seeds 1000 --json build/campaign/simulate.json
 
 lint: setup

@@ -80,7 +80,9 @@ class Recorded:
         self.asked.append(("kill", worker_id, str(number)))
         worker.update(state="dead", cause="killed by SIGKILL")
         self.version += 1
-        self.note("dead", worker_id, "killed by SIGKILL", NOW_S)
+        # As it goes: the connection tells first, the reaper how it ended.
+        self.note("dead", worker_id, "connection lost", NOW_S)
+        self.note("exited", worker_id, "killed by SIGKILL", NOW_S)
         return {"worker_id": worker_id, "signal": "SIGKILL"}
 
     def drain(self, worker_id: str) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +136,32 @@ def test_requests_of_the_lost_worker_are_known_by_their_ids() -> None:
         "cmpl-someone-else-0-ffff": "aw-0",
     }
     assert owners.indexes_held(live, "aw-0") == [3, 12]
+
+
+def test_the_gateway_answers_who_holds_what_and_passes_everything_else_on() -> None:
+    stream = SimpleNamespace(owner="aw-1")
+    waiting = SimpleNamespace(owner=None)
+    core = SimpleNamespace(streams=SimpleNamespace(live={"cmpl-bench-1-0-aa": stream, "other": waiting}))
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace(engine_core=core)))
+    passed_on: list[str] = []
+
+    async def server(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        passed_on.append(scope["path"])
+
+    async def ask(path: str) -> list[dict[str, Any]]:
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        await owners.Owners(server)({"type": "http", "path": path, "app": app}, None, send)
+        return sent
+
+    start, body = asyncio.run(ask(owners.PATH))
+    assert start["status"] == 200
+    assert json.loads(body["body"]) == {"cmpl-bench-1-0-aa": "aw-1", "other": ""}
+    assert asyncio.run(ask("/v1/models")) == []
+    assert passed_on == ["/v1/models"]
 
 
 # ------------------------------------------------------------------ faults

@@ -108,6 +108,7 @@ def test_answers_carry_the_progress_of_that_moment() -> None:
             "probes_answered": 3.0,
             "probe_channels": 1.0,
             "probe_channels_refused": 0.0,
+            "probe_realtime": float(responder.realtime),
         }
 
 
@@ -271,3 +272,14 @@ def test_nobody_without_the_secret_gets_an_answer() -> None:
         with thread(lambda: listener.accept(WAIT_S)) as accepted, pytest.raises(ProtocolError):
             call(address, secret=b"x" * 32)
         assert accepted.error is not None
+
+
+def test_the_thread_goes_first_exactly_where_that_is_allowed() -> None:
+    with responding() as responder:
+        policies = []
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/comm") as comm:
+                if comm.read().strip() == "probe":
+                    policies.append(os.sched_getscheduler(int(task)))
+        assert policies == [os.SCHED_RR if responder.realtime else os.SCHED_OTHER]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "nobody else does"

@@ -104,7 +104,7 @@ def test_a_worker_is_killed_after_a_yes_and_its_death_shows() -> None:
         await pilot.press("k", "y")
         await until(pilot, lambda: cells(app, "ew-0")[2] == "dead")
         assert recorded.asked == [("kill", "ew-0", "9")]
-        await until(pilot, lambda: "ew-0 dead killed by SIGKILL" in log(app))
+        await until(pilot, lambda: "ew-0 exited killed by SIGKILL" in log(app))
         assert cells(app, "ew-0")[-1] == "killed by SIGKILL"
         recorded.back("ew-0")
         await until(pilot, lambda: cells(app, "ew-0")[2] == "healthy")
@@ -198,7 +198,7 @@ def test_only_what_is_new_is_asked_for_and_a_restart_is_noticed() -> None:
     assert poller.poll() == []
     assert len(poller.samples) == 280
     recorded.kill("ew-0", 9)
-    assert [event["kind"] for event in poller.poll()] == ["dead"]
+    assert [event["kind"] for event in poller.poll()] == ["dead", "exited"]
     assert poller.table["version"] == recorded.version
     recorded.workers[0]["epoch"] += 1 << 20
     recorded.log = [{**recorded.log[-1], "number": 1, "text": "of the new orchestrator"}]

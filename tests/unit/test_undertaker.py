@@ -12,12 +12,14 @@ from pathlib import Path
 
 TIMEOUT_S = 60.0
 HOLDER = """
-import mmap, sys, time
+import mmap, sys, threading, time
 from tarragon.native.undertaker import spawn_undertaker
 memory = mmap.mmap(-1, 64 << 20)
 for page in range(0, len(memory), 4096):
     memory[page] = 1
 print(spawn_undertaker(), flush=True)
+for _ in range(8):
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 time.sleep(600)
 """
 
@@ -39,7 +41,8 @@ def test_the_end_of_file_comes_before_the_memory_is_freed_and_the_undertaker_fol
         assert holder.stdout is not None
         undertaker = int(holder.stdout.readline())
         assert not ended(undertaker)
-        assert os.listdir(f"/proc/{undertaker}/fd") == []
+        links = [os.readlink(entry) for entry in Path(f"/proc/{undertaker}/fd").iterdir()]
+        assert links == ["anon_inode:[pidfd]"], "it holds nothing but its view of its parent"
         holder.send_signal(signal.SIGKILL)
         ours.settimeout(TIMEOUT_S)
         assert ours.recv(1) == b""

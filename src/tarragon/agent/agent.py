@@ -21,10 +21,10 @@ from contextlib import suppress
 from typing import Final
 
 from tarragon.agent import preload, process
+from tarragon.agent.children import CONSOLE, ORCHESTRATOR, STORE, Child, Children
 from tarragon.agent.link import OrchestratorLink, RestartBudget
 from tarragon.agent.log import LogPipe, LogWriter
 from tarragon.agent.preload import PRELOAD_MODULES, WORKER_MODULES
-from tarragon.agent.process import Child
 from tarragon.agent.signals import STOP_SIGNALS, Interrupted, SignalInbox
 from tarragon.agent.vault import Vault
 from tarragon.boot import Boot, socket_address
@@ -38,9 +38,6 @@ GENERATION_MAX: Final = (1 << 32 - GENERATION_BITS) - 1
 USAGE_EXIT_CODE: Final = 2
 _USAGE: Final = f"exit code {USAGE_EXIT_CODE}: tarragon: "
 """How an ended child says that the user has to change something."""
-_CONSOLE: Final = "console"
-_ORCHESTRATOR: Final = "orchestrator"
-_STORE: Final = "store"
 
 
 class NodeAgent:
@@ -77,7 +74,7 @@ class NodeAgent:
         self._secret = secrets.token_bytes(32)
         self._cores = len(os.sched_getaffinity(0))
 
-        self._children: dict[int, Child] = {}
+        self._children = Children()
         self._newest_epoch: dict[str, int] = {}
         self._start_failures: dict[str, int] = {}
         self._generation = 0
@@ -95,18 +92,20 @@ class NodeAgent:
         self._starter_fd = os.pidfd_open(stop_with_pid) if stop_with_pid else -1
         if self._starter_fd >= 0:
             self._selector.register(self._starter_fd, selectors.EVENT_READ, self._on_starter_gone)
-        address = socket_address(self._cluster, _ORCHESTRATOR)
+        address = socket_address(self._cluster, ORCHESTRATOR)
         self._link = OrchestratorLink(
             self._selector, self._on_orchestrator, address, self._secret, config, self._writer
         )
         vault_address = socket_address(self._cluster, "agent")
-        self._vault = Vault(self._selector, vault_address, self._secret, config, self._writer, self._is_store)
+        self._vault = Vault(
+            self._selector, vault_address, self._secret, config, self._writer, self._children.is_store
+        )
 
     def run(self) -> int:
         """Start the cluster, obey the orchestrator until it is over, leave nothing; return the exit code."""
         process.become_subreaper()
         if self._console is not None:
-            self._fork(_CONSOLE, _CONSOLE, 0, self._console, piped=False)
+            self._fork(CONSOLE, CONSOLE, 0, self._console, piped=False)
         self._start_orchestrator()
         while not self._is_stopping or self._children:
             for key, _ in self._selector.select(self._wait_s()):
@@ -121,7 +120,7 @@ class NodeAgent:
         """Seconds until something is due; None if only events can change anything."""
         if self._link.is_dialling:
             return 0.0  # an attempt to dial waits by itself
-        due_s = [child.kill_at_s for child in self._children.values() if child.kill_at_s is not None]
+        due_s = self._children.due_s()
         if self._link.watch_at_s is not None:
             due_s.append(self._link.watch_at_s)
         return max(0.0, min(due_s) - time.monotonic()) if due_s else None
@@ -148,12 +147,12 @@ class NodeAgent:
 
     def _start_orchestrator(self) -> None:
         self._generation += 1
-        self._start(_ORCHESTRATOR, _ORCHESTRATOR, self._orchestrator_epoch)
+        self._start(ORCHESTRATOR, ORCHESTRATOR, self._orchestrator_epoch)
         self._link.begin()
 
     def _dial(self) -> None:
         """Try to reach the orchestrator; the first success is followed by the heavy imports."""
-        outcome = self._link.turn(self._orchestrator_epoch, self._living_workers)
+        outcome = self._link.turn(self._orchestrator_epoch, self._children.to_adopt)
         if outcome == "connected" and not self._is_preloaded:
             self._preload()
         elif outcome == "given up":
@@ -162,16 +161,8 @@ class NodeAgent:
 
     def _kill_orchestrator(self) -> None:
         """The next generation follows when this one is reaped."""
-        for child in self._find(_ORCHESTRATOR):
+        for child in self._children.named(ORCHESTRATOR):
             self._signal(child, signal.SIGKILL)
-
-    def _living_workers(self) -> list[WorkerStarted]:
-        """What an orchestrator of a new generation has to adopt."""
-        return [
-            WorkerStarted(worker_id=child.name, epoch=child.epoch, pid=child.pid)
-            for child in self._children.values()
-            if child.role not in (_ORCHESTRATOR, _CONSOLE) and child.kill_at_s is None
-        ]
 
     def _on_orchestrator(self) -> None:
         message = self._link.receive()
@@ -220,15 +211,15 @@ class NodeAgent:
     def _on_start_worker(self, order: StartWorker) -> None:
         if self._is_stopping:
             return
-        if order.role not in self._modules or order.role == _ORCHESTRATOR:
+        if order.role not in self._modules or order.role == ORCHESTRATOR:
             return self._refuse(order, f"no module for the role {order.role}")
         if order.epoch <= self._newest_epoch.get(order.worker_id, -1):
             return self._refuse(order, f"stale epoch {order.epoch}")
         is_replacement = self._was_ready and order.worker_id in self._newest_epoch
         self._newest_epoch[order.worker_id] = order.epoch
-        for older in self._find(order.worker_id):
+        for older in self._children.named(order.worker_id):
             self._end_child(older)
-            if older.role == _STORE:  # it has nothing to finish, and an address that its successor needs
+            if older.role == STORE:  # it has nothing to finish, and an address that its successor needs
                 self._signal(older, signal.SIGKILL)
         try:
             child = self._start(order.worker_id, order.role, order.epoch, is_replacement=is_replacement)
@@ -248,7 +239,7 @@ class NodeAgent:
         if order.signal not in signal.valid_signals():
             self._log(f"refused signal {order.signal} for {order.worker_id}: there is no such signal")
             return
-        for child in self._find(order.worker_id):
+        for child in self._children.named(order.worker_id):
             if child.epoch != order.epoch:
                 continue
             if order.signal == signal.SIGTERM:
@@ -302,13 +293,6 @@ class NodeAgent:
         if not child.log.is_open:
             self._selector.unregister(child.log)
 
-    def _is_store(self, pid: int, worker_id: str, epoch: int) -> bool:
-        child = self._children.get(pid)
-        return child is not None and (child.role, child.name, child.epoch) == (_STORE, worker_id, epoch)
-
-    def _find(self, name: str) -> list[Child]:
-        return [child for child in self._children.values() if child.name == name]
-
     def _signal(self, child: Child, number: int) -> None:
         # Only this process reaps, so the pid of a child that is still in the table cannot be another's.
         with suppress(ProcessLookupError):
@@ -356,14 +340,14 @@ class NodeAgent:
 
     def _on_exit(self, child: Child, code: int, status: int) -> None:
         words = process.exit_words(code, status)
-        if child.role == _CONSOLE:
+        if child.role == CONSOLE:
             self._was_ready = self._was_ready or words == "exit code 0"
             return
         detail = self._close_log(child)
         why = f"{words}: {detail}" if detail else words
         if not self._is_stopping:
             self._log(f"{child.name} (pid {child.pid}) ended: {why}")
-        if child.role == _ORCHESTRATOR:
+        if child.role == ORCHESTRATOR:
             self._on_orchestrator_exit(why)
             return
         self._link.send(
@@ -402,12 +386,7 @@ class NodeAgent:
             self._stop(why, code=code)
 
     def _leave_nothing(self) -> None:
-        while orphans := process.children_of(os.getpid()):
-            for pid in orphans:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for pid in orphans:
-                os.waitpid(pid, 0)
+        process.end_children()
         self._link.end()
         self._vault.close()
         self._selector.close()

@@ -18,10 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final, NoReturn
-
-from tarragon.agent.log import LogPipe
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -32,19 +29,6 @@ _FORK_EXIT_CODE: Final = 71
 """Exit code of a child that could not be set up (EX_OSERR)."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(slots=True)
-class Child:
-    """One process that the agent forked and has not reaped."""
-
-    name: str
-    role: str
-    epoch: int
-    pid: int
-    log: LogPipe | None
-    kill_at_s: float | None = None
-    """On the monotonic clock; set once it has been told to end."""
 
 
 def become_subreaper() -> None:
@@ -119,6 +103,16 @@ def children_of(pid: int) -> list[int]:
                 if int(file.read().rpartition(")")[2].split()[1]) == pid:
                     found.append(int(entry))
     return found
+
+
+def end_children() -> None:
+    """Kill and reap every child of this process, and those that become its children by that."""
+    while orphans := children_of(os.getpid()):
+        for pid in orphans:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in orphans:
+            os.waitpid(pid, 0)
 
 
 def remove_openmp_mark(pid: int) -> None:

@@ -78,7 +78,7 @@ def serve(
         if not busy:
             refe.end_step()
             poll.poll(GRAMMAR_POLL_MS if resumer.waiting else None)
-            refe.take_posts()
+            refe.woken()
         requests.take_up(poll)
         resumer.poll()
         if engine.scheduler.has_requests():

@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--signal", choices=SIGNALS, default="KILL", help="KILL: death; STOP: a hang")
     options.add_argument("--trials", type=int, help="faults (default: 10; with --quick 2)")
     options.add_argument("--baseline-trials", type=int, help="cold restarts (default: 3; with --quick 1)")
-    options.add_argument("--control-s", type=float, help="length of the control run (default: 60; quick 10)")
+    options.add_argument(
+        "--control-s", type=float, help="length of the control run (default: 60; quick: 10; 0: none)"
+    )
     options.add_argument("--peer", action="store_true", help="also kill and restart monolithic vLLM")
     options.add_argument("--model", type=Path, help="checkpoint folder (default: the demo model)")
     options.add_argument("--layers", type=int, help="demo model: only the first N layers")
@@ -292,7 +294,7 @@ class Failover:
         """The same load on one worker less, without a fault: what the loss of capacity costs by itself."""
         options = self._options
         count = {"attention": options.attention_workers, "expert": options.expert_workers}[options.role]
-        if count < 2:
+        if count < 2 or not options.control_s:
             return
         bar.doing("control: one worker less, no fault")
         system = TarragonSystem(lambda: self._cluster(lost=1), self._model)

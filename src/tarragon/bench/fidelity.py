@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
 def collect(model: Path, options: argparse.Namespace, answers: Path) -> dict[str, list[Text]]:
     """Ask every engine in every batching; servers run one after the other.
 
-    What ``answers`` holds already is not asked again.
+    What ``answers`` holds already is not asked again: keep one folder for one model and one --seed.
     """
     answers.mkdir(parents=True, exist_ok=True)
     texts = english(model, options.texts, options.seed)
@@ -115,7 +115,9 @@ def collect(model: Path, options: argparse.Namespace, answers: Path) -> dict[str
         for name in names:
             file = answers / f"{name}.json"
             if file.exists():
-                runs[name] = msgspec.json.decode(file.read_bytes(), type=list[Text])
+                kept = msgspec.json.decode(file.read_bytes(), type=list[Text])
+                if [len(text.logprobs) + 1 for text in kept] == [len(text) for text in texts]:
+                    runs[name] = kept
         return not runs.keys() >= set(names)
 
     def ask(name: str, url: str, served: str, concurrency: int, order: int = 1) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,8 +41,8 @@ PROCESS: Final = ("on a core", "waiting for a core", "asleep")
 def parser() -> argparse.ArgumentParser:
     options = output.parser("profile", __doc__)
     options.add_argument("--streams", type=int, default=32)
-    options.add_argument("--tokens", type=int, default=192, help="of each stream")
-    options.add_argument("--seconds", type=float, default=10.0, help="between the two looks")
+    options.add_argument("--tokens", type=int, default=1_000, help="of each stream")
+    options.add_argument("--seconds", type=float, default=15.0, help="between the two looks")
     options.add_argument("--attention-workers", type=int, default=2)
     options.add_argument("--expert-workers", type=int, default=2)
     return options
@@ -81,8 +80,8 @@ async def observe(cluster: Cluster, model: str, options: argparse.Namespace) -> 
     after = await asyncio.to_thread(look, cluster)
     if running.done():
         raise RuntimeError("the load ended while it was observed: ask for more --tokens")
-    streams = await running
-    print(f"{sum(len(s.token_times_s) for s in streams)} tokens in {len(streams)} streams", file=sys.stderr)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
     return before, after
 
 

@@ -19,7 +19,7 @@ from tarragon.liveness import Failed, Probe, Watch
 from tarragon.messages import Peer, ProtocolError, Role
 from tarragon.transport.probe import ProbeChannel
 
-PROBED: Final[tuple[Role, ...]] = ("attention", "expert")
+PROBED: Final[tuple[Role, ...]] = ("attention", "expert", "store")
 """Roles that answer probes."""
 
 OnAnswer = Callable[[str, int], None]

@@ -225,7 +225,7 @@ class Refe:
         links = self._links
         slot = links.at(fd)
         if slot is None:
-            return self.take_posts() if fd == self._wake_fd else []
+            return self.woken() if fd == self._wake_fd else []
         link = links.get(slot)
         assert link is not None
         for frame in link.recv_ready():
@@ -317,12 +317,16 @@ class Refe:
 
     # ------------------------------------------------------------------ links and tables
 
+    def woken(self) -> list[int]:
+        """``take_posts`` for whoever has waited on ``fileno``: it is read even if the post is taken."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        return self.take_posts()
+
     def take_posts(self) -> list[int]:
         """Take up what the control thread posted; returns the slots that died."""
         if not self._posts:
             return []
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._wake_fd)
         dead: list[int] = []
         while self._posts:
             item = self._posts.popleft()
@@ -349,7 +353,7 @@ class Refe:
                 f"{self.config.expert_unreachable_timeout_s:g} s"
             )
         select.select([self._wake_fd], [], [], min(remaining, 0.05))
-        return self.take_posts()
+        return self.woken()
 
     def _add(self, new: NewLink) -> None:
         workers = [] if self._table is None else self._table.workers

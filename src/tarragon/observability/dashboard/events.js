@@ -14,7 +14,11 @@ const deaths = new Map();
 
 export const level = (kind) => LEVELS[kind] ?? "plain";
 export const failureMarks = () => marks;
-export const lastDeath = (id) => deaths.get(id);
+
+export function lastDeath(id) {
+  const death = deaths.get(id);
+  return death && `died at ${clock(death.time_s)}: ${death.text}`;
+}
 
 export function addEvents(events) {
   const rows = $("event-rows");
@@ -29,8 +33,11 @@ export function addEvents(events) {
 }
 
 // A death, and the return of who had died; not the first start of everybody.
-function mark({ kind, worker_id, time_s, text }) {
-  if (kind === "dead") died.add(worker_id), deaths.set(worker_id, `died at ${clock(time_s)}: ${text}`);
+function mark({ kind, worker_id, epoch, time_s, text }) {
+  const death = deaths.get(worker_id);
+  // A closed connection tells of a death first; how the process ended is known when it is reaped.
+  if (kind === "exited" && death?.epoch === epoch) death.text = text;
+  if (kind === "dead") died.add(worker_id), deaths.set(worker_id, { epoch, time_s, text });
   else if (kind !== "healthy" || !died.delete(worker_id)) return;
   marks.push({ kind, worker_id, time_s });
   marks = marks.slice(-KEPT);
