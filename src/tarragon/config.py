@@ -68,7 +68,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A batch waits only for workers at most this many layers behind it."""
     batch_pairs_min: int = 512
     """A batch of this many (token, expert) pairs starts without waiting for more."""
-    batch_pairs_max: int = 1_024
+    batch_pairs_max: int = 512
     """Largest kernel call; a bigger prefill is cut so that decodes get in between."""
     batch_decodes_before_prefill_max: int = 8
     """A waiting slice of a prefill lets at most this many decode batches pass."""

@@ -24,7 +24,13 @@ QUESTION: Final = "Explain how a spice garden works, from the seed to the kitche
 EXPERT_DIES_AFTER: Final = 40
 """Pieces of the answer (mostly one token each)."""
 ATTENTION_DIES_AFTER: Final = 110
-TOKENS_MAX: Final = 200
+BODY: Final[dict[str, Any]] = {
+    "messages": [{"role": "user", "content": QUESTION}],
+    "max_tokens": 200,
+    "temperature": 0.0,
+    "stream": True,
+}
+"""What is asked, with the deaths and without."""
 _KV_CACHE_BYTES: Final = 256 << 20
 _CONTEXT_TOKENS_MAX: Final = 2_048
 _ANSWER_TIMEOUT_S: Final = 120.0
@@ -191,15 +197,9 @@ def ask(url: str, show: Callable[[str], None]) -> Answer:
 
 
 def _choices(url: str) -> Iterator[dict[str, Any]]:
-    body = {
-        "messages": [{"role": "user", "content": QUESTION}],
-        "max_tokens": TOKENS_MAX,
-        "temperature": 0.0,
-        "stream": True,
-    }
     with (
         httpx.Client(timeout=_ANSWER_TIMEOUT_S, trust_env=False) as client,
-        client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
+        client.stream("POST", f"{url}/v1/chat/completions", json=BODY) as response,
     ):
         response.raise_for_status()
         for line in response.iter_lines():

@@ -360,6 +360,7 @@ def test_what_a_healthy_worker_gives_up_in_words_is_a_503_in_these_words() -> No
         assert (cluster.failed["r"], cluster.statuses["r"]) == (why, 503)
         assert "r" not in cluster.client.streams.live
         worker.frozen = False
+        await cluster.client.add_request_async(request("next"))
         assert await cluster.text("next") == expected(worker.added[1])
         assert cluster.lost == []
 

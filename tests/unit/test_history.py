@@ -14,7 +14,7 @@ from tarragon.observability.pace import GAPS_MAX, Pace
 
 
 def history(**changes: Any) -> History:
-    return History(**{"samples_max": 3, "report_interval_s": 1.0, "pairs_per_token": 8, **changes})
+    return History(**{"samples_max": 3, "report_interval_s": 1.0, "layers": 4, "top_k": 2, **changes})
 
 
 def sampled(
@@ -61,12 +61,20 @@ def test_what_the_gateway_says_is_taken_as_it_is() -> None:
     said = {"tbt_ms_median": 21.0, "tbt_ms_p95": 30.004, "tbt_ms_max": 250.0, "streams_live": 4.0}
     h.report("gateway", 1, {"tokens_total": 100.0, **said}, 1.0)
     h.report("gateway", 1, {"tokens_total": 160.0, **said}, 2.0)
-    h.report("aw-0", 1, {"checkpoint_lag_ms": 3.0}, 2.0)
-    h.report("aw-1", 1, {"checkpoint_lag_ms": 7.5}, 2.0)
     sample = sampled(h, 2.0, attention=["aw-0", "aw-1"])
     assert sample["tokens_per_s"] == 60.0
     assert sample["tbt_ms"] == {"median": 21.0, "p95": 30.0, "max": 250.0}
-    assert (sample["streams"], sample["checkpoint_lag_ms"]) == (4.0, 7.5)
+    assert (sample["streams"], sample["checkpoint_lag_ms"]) == (4.0, None)
+
+
+def test_checkpoint_lag_is_the_time_of_a_step_until_its_rows_are_committed() -> None:
+    h = history()
+    for s, layers, spent_s in ((1.0, 0.0, 0.0), (2.0, 80.0, 0.04)):
+        h.report("aw-0", 1, {"layers": layers, "checkpoint_s": spent_s, "bucket": 1.0}, s)
+        h.report("aw-1", 2, {"layers": layers, "checkpoint_s": 2 * spent_s, "bucket": 0.0}, s)
+    assert sampled(h, 2.0, attention=["aw-0", "aw-1"])["checkpoint_lag_ms"] == 2.0, "aw-1 writes nothing"
+    h.report("aw-0", 1, {"layers": 80.0, "checkpoint_s": 0.04, "bucket": 1.0}, 3.0)
+    assert sampled(h, 3.0)["checkpoint_lag_ms"] is None, "no step, no lag"
 
 
 def test_it_remembers_so_many_samples_and_no_more() -> None:

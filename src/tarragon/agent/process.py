@@ -139,6 +139,11 @@ def restore_priority() -> None:
                 os.setpriority(os.PRIO_PROCESS, int(thread), 0)
 
 
+def die_with_parent() -> None:
+    """Have this process killed when the thread that started it ends. Raises OSError."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _prctl(option: int, value: int) -> None:
     if _libc.prctl(option, value, 0, 0, 0) != 0:
         error = ctypes.get_errno()
@@ -166,7 +171,7 @@ def _child(
     """Everything that the child does, from its first instruction to its exit."""
     code = _FORK_EXIT_CODE
     try:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         if os.getppid() != parent_pid:  # the parent died before the line above: nobody would tell us
             os._exit(_FORK_EXIT_CODE)
         os.setsid()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from tarragon.attention.times import TIMES
 from tarragon.boot import Boot
 from tarragon.control import WorkerControl
 from tarragon.messages import (
@@ -96,7 +97,12 @@ class ControlThread(WorkerControl):
             Report(
                 worker_id=self.boot.worker_id,
                 epoch=self.boot.epoch,
-                counters={**self.refe.counters.as_dict(), **self.responder.counters, **self.counters()},
+                counters={
+                    **self.refe.counters.as_dict(),
+                    **TIMES.as_dict(),
+                    **self.responder.counters,
+                    **self.counters(),
+                },
             )
         )
 

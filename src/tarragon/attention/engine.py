@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tarragon import native
-from tarragon.attention import capture, exact, remote_experts, runner, tiles
+from tarragon.attention import capture, exact, latent, remote_experts, runner, tiles
 from tarragon.models.shape import MoeModel
 from tarragon.refe.engine import Refe
 
@@ -18,6 +18,7 @@ def prepare(refe: Refe, model: MoeModel, threads: int) -> None:
     native.load()
     exact.install()
     tiles.install()
+    latent.install()
     capture.install()
     runner.install()
     remote_experts.register(refe, model.moe_layers)

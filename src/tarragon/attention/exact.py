@@ -42,8 +42,8 @@ def inexact_reason(model_config: Any) -> str:
 
     if envs.VLLM_CPU_ATTN_SPLIT_KV:
         return "VLLM_CPU_ATTN_SPLIT_KV is on: attention splits the key length by the batch's shape"
-    if model_config.use_mla:
-        return "latent attention (MLA): the engine's CPU kernels for it are not batch-invariant"
+    if model_config.use_mla and torch.cpu._is_amx_tile_supported():
+        return "latent attention (MLA): the engine's AMX kernel for it is not batch-invariant"
     return ""
 
 

@@ -9,6 +9,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from tarragon.attention.checkpoints import Checkpoints
 from tarragon.attention.randomness import seed_for_positions
 from tarragon.attention.remote_experts import RemoteExperts
+from tarragon.attention.times import TIMES
 
 
 class AttentionModelRunner(CPUModelRunner):
@@ -26,10 +27,15 @@ class AttentionModelRunner(CPUModelRunner):
         if tokens:
             RemoteExperts.refe.begin_step(tokens, continues=True)
         self._step = scheduler_output
-        result = super().execute_model(scheduler_output, *args, **kwargs)
+        with TIMES.taken("forward_s"):
+            result = super().execute_model(scheduler_output, *args, **kwargs)
         if checkpoints is not None and tokens:
             checkpoints.end(scheduler_output)
         return result
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        with TIMES.taken("sample_s"):
+            return super().sample_tokens(*args, **kwargs)
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.checkpoints is not None and self._step is not None:

@@ -12,6 +12,7 @@ from tarragon.attention.engine import build_engine, fingerprint, prepare
 from tarragon.attention.exact import inexact_reason
 from tarragon.attention.requests import Requests
 from tarragon.attention.runner import AttentionModelRunner
+from tarragon.attention.times import TIMES
 from tarragon.attention.unreachable import fail_step
 from tarragon.boot import Boot
 from tarragon.config import GRAMMAR_POLL_MS
@@ -79,13 +80,17 @@ def serve(
             refe.end_step()
             poll.poll(GRAMMAR_POLL_MS if resumer.waiting else None)
             refe.woken()
-        requests.take_up(poll)
+        with TIMES.taken("intake_s"):
+            requests.take_up(poll)
         resumer.poll()
         if engine.scheduler.has_requests():
-            try:
-                outputs, executed = engine.step()
-                engine.post_step(executed)
-            except ExpertUnreachable as error:
-                outputs = fail_step(engine, error)
-            requests.deliver(outputs)
+            with TIMES.taken("step_s"):
+                try:
+                    outputs, executed = engine.step()
+                    engine.post_step(executed)
+                except ExpertUnreachable as error:
+                    outputs = fail_step(engine, error)
+            with TIMES.taken("deliver_s"):
+                requests.deliver(outputs)
+            TIMES.end_step(refe.counters.as_dict())
     print("attention worker: told to stop", file=sys.stderr)

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tarragon.agent.process import die_with_parent
+
 STARTUP_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 
@@ -55,6 +57,7 @@ class MonolithicVllm:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent,  # a benchmark that is killed must not leave a server behind
             env={
                 **os.environ,
                 "VLLM_LOGGING_LEVEL": "WARNING",

@@ -67,12 +67,13 @@ class ExpertService:
             "links_lost": 0.0,
             "late_answers": 0.0,
             "compute_s": 0.0,
+            "copy_s": 0.0,
             "idle_s": 0.0,
         }
 
     def report(self) -> tuple[dict[str, float], list[list[int]]]:
         """Counters since the start and pairs per [layer][expert]; called by the control thread."""
-        counters = dict(self.counters)
+        counters = {**self.counters, "clock_s": time.perf_counter()}
         counters["waits_expired"] = float(self._batcher.stats.waits_expired)
         return counters, self._pairs.tolist()
 
@@ -218,6 +219,7 @@ class ExpertService:
         starts = [member.first_pair for member in batch.members]
         counts = [member.pairs for member in batch.members]
         self._make_room(batch.pairs)
+        start = time.perf_counter()
         native.gather_batch(
             [region.rows for region in regions],
             [region.expert_ids for region in regions],
@@ -226,9 +228,12 @@ class ExpertService:
             self._rows,
             self._ids,
         )
+        gathered = time.perf_counter()
         span = slice(0, batch.pairs)
         self.experts.run(batch.layer, self._rows[span], self._ids[span], self._out[span])
+        computed = time.perf_counter()
         native.scatter_batch(self._out, starts, counts, [region.results for region in regions])
+        self.counters["copy_s"] += gathered - start + time.perf_counter() - computed
 
     def _make_room(self, pairs: int) -> None:
         if pairs > self._rows.shape[0]:

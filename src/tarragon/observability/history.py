@@ -14,7 +14,6 @@ from typing import Any, Final
 STALE_REPORTS: Final = 2.5
 """A worker that has not reported for so many intervals has no rate any more."""
 GATEWAY: Final = "gateway"
-LAG: Final = "checkpoint_lag_ms"
 
 
 @dataclass
@@ -30,13 +29,14 @@ class _Reported:
 class History:
     """The last samples, with a number that counts up from 1."""
 
-    def __init__(self, *, samples_max: int, report_interval_s: float, pairs_per_token: int) -> None:
-        """``pairs_per_token`` is MoE layers x experts per token: workers count (token, expert) pairs."""
+    def __init__(self, *, samples_max: int, report_interval_s: float, layers: int, top_k: int) -> None:
+        """``layers`` (MoE) and ``top_k`` of the model turn (token, expert) pairs into tokens."""
         assert samples_max > 0
-        assert pairs_per_token > 0
+        assert layers > 0
+        assert top_k > 0
         self._samples: deque[dict[str, Any]] = deque(maxlen=samples_max)
         self._stale_s = STALE_REPORTS * report_interval_s
-        self._pairs_per_token = pairs_per_token
+        self._layers, self._top_k = layers, top_k
         self._reported: dict[str, _Reported] = {}
         self._number = 0
 
@@ -66,7 +66,7 @@ class History:
         }
         gateway = fresh.get(GATEWAY)
         said = {} if gateway is None else gateway.counters
-        lags = [fresh[i].counters[LAG] for i in attention if i in fresh and LAG in fresh[i].counters]
+        lags = [lag for i in attention if i in fresh and (lag := self._lag_ms(fresh[i])) is not None]
         self._number += 1
         self._samples.append(
             {
@@ -87,7 +87,21 @@ class History:
 
     def _computed(self, rates: list[float]) -> float | None:
         """Tokens per second that attention workers computed, those of prompts included."""
-        return round(sum(rates) / self._pairs_per_token, 1) if rates else None
+        return round(sum(rates) / (self._layers * self._top_k), 1) if rates else None
+
+    def _lag_ms(self, reported: _Reported) -> float | None:
+        """How long a step's tokens wait until the state behind them is committed.
+
+        A token leaves only when it is (output commit), so this is the time that a step spends on writing
+        and committing its rows; None while no step was run, or nothing is written.
+        """
+        steps = reported.rates.get("layers", 0.0) / self._layers
+        spent_s = reported.rates.get("checkpoint_s")
+        return (
+            None
+            if not steps or not reported.counters.get("bucket") or spent_s is None
+            else 1e3 * spent_s / steps
+        )
 
 
 def _rounded(value: float | None) -> float | None:

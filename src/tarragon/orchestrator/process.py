@@ -70,7 +70,7 @@ async def _run(boot: Boot) -> int:
     try:
         model = read_model(boot.model)
         shape = ExpertShape(len(model.moe_layers), model.experts, model.expert_bytes)
-        return await Orchestrator(boot, shape, pairs_per_token=shape.layers * model.top_k).run()
+        return await Orchestrator(boot, shape, model.top_k).run()
     except (ModelError, PlacementError, AddressError) as error:
         print(f"tarragon: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -79,7 +79,7 @@ async def _run(boot: Boot) -> int:
 class Orchestrator:
     """Carries events to recovery and its actions to the world."""
 
-    def __init__(self, boot: Boot, shape: ExpertShape, *, pairs_per_token: int) -> None:
+    def __init__(self, boot: Boot, shape: ExpertShape, top_k: int) -> None:
         """Raises PlacementError if the experts do not fit on the configured workers."""
         generation = boot.epoch >> EPOCH_COUNTER_BITS
         self._boot, self._config = boot, boot.config
@@ -89,7 +89,8 @@ class Orchestrator:
         self._history = History(
             samples_max=boot.config.history_samples_max,
             report_interval_s=boot.config.report_interval_ms / 1e3,
-            pairs_per_token=pairs_per_token,
+            layers=shape.layers,
+            top_k=top_k,
         )
         self._adoption = Adoption(generation) if generation > 1 else None
         self._prober = Prober(boot, self._on_probe_answered, self._on_probe_failed)

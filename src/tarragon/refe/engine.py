@@ -169,6 +169,7 @@ class Refe:
             self._collect(work, sent)
         except ExpertUnreachable:
             self.counters.steps_unreachable += 1
+            self.on_gap()  # what the layer has left for it must not be met by a later step
             self._abandon(layer_id)
             raise
         finally:
@@ -255,9 +256,8 @@ class Refe:
         sent_s = time.monotonic()
         late_s = sent_s + self._silence_s
         exchange.abandon()
-        for slot in exchange.owing:
-            if self._links.get(slot) is None:
-                exchange.lost(slot)
+        for slot in exchange.owing - set(self._links.live):
+            exchange.lost(slot)
         while not exchange.done:
             lost: list[int] = []
             for fd, _ in self._poll.poll(max(0.0, late_s - time.monotonic())):
@@ -325,9 +325,9 @@ class Refe:
 
     def take_posts(self) -> list[int]:
         """Take up what the control thread posted; returns the slots that died."""
-        if not self._posts:
-            return []
         dead: list[int] = []
+        if not self._posts:
+            return dead
         while self._posts:
             item = self._posts.popleft()
             if isinstance(item, NewTable):
@@ -387,10 +387,8 @@ class Refe:
                 self._links.owes(send.slot)
         if self._continues:
             flags |= DataFlag.CONTINUES
-        peer = self._links.peers[send.slot]
-        frame = DataFrame(
-            DataKind.ROWS, layer, self.epoch, peer.epoch, send.pairs, self._step, flags, send.first
-        )
+        epoch, step = self._links.peers[send.slot].epoch, self._step
+        frame = DataFrame(DataKind.ROWS, layer, self.epoch, epoch, send.pairs, step, flags, send.first)
         return self._send(send.slot, frame)
 
     def _send(self, slot: int, frame: DataFrame) -> bool:
