@@ -77,15 +77,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     # --- failure detection (section 5, appendix E)
     probe_silence_ms: float = 30.0
-    """A peer that owes an answer and sends nothing for this long is probed; what it sends is its heartbeat."""
+    """A peer that owes an answer and sends nothing for this long is probed; what it sends is a heartbeat."""
     probe_interval_ms: float = 20.0
     """Between probes, and how long an answer to one may take before it counts as missed."""
-    probe_misses_max: int = 7
+    probe_misses_max: int = 6
     """So many probes in a row without an answer are fail-stop. A worker that hangs is found after
     probe_silence_ms + probe_misses_max * probe_interval_ms of silence. The patience of all misses together is
-    to exceed the slowest answer of a live one: on two busy cores 0.15 ms in the median, and up to 130 ms."""
+    to exceed the slowest answer of a live one: on two busy cores 0.15 ms in the median, up to 50 ms late."""
     expert_batch_ms_max: float = 10_000.0
-    """An expert worker that answers probes, owes rows and makes no progress for this long is wedged. One batch
+    """An expert worker that answers probes, owes rows and makes no progress for so long is wedged. One batch
     is its unit of progress: keep this above the time of batch_pairs_max pairs."""
     expert_answer_timeout_s: float = 120.0
     """Last resort: rows that a live expert worker has not answered for so long are taken elsewhere."""

@@ -55,7 +55,9 @@ class Checkpoints:
 
     def counters(self) -> dict[str, float]:
         """For the orchestrator: ``bucket`` is 1 while rows are written and the store is there."""
-        protected = self.writer.bucket is not None and self._store_up
+        # An idle worker takes its bucket up with its next step.
+        has_bucket = self.writer.bucket is not None or not self._granted.empty()
+        protected = has_bucket and self._store_up
         return {
             "bucket": float(protected),
             **self.writer.counters.as_dict(),

@@ -1,0 +1,53 @@
+"""Faults at random moments: `make test` runs a few rounds of them, `make campaign` a hundred.
+
+TARRAGON_CAMPAIGN_ROUNDS and TARRAGON_CAMPAIGN_SEED choose how many and which; a round's number and seed
+say all that is needed to run it again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import pytest
+from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same, bodies_of_every_kind
+from tests.streams import Reading, read_all
+
+from tarragon.cluster import Cluster
+
+ROUNDS = int(os.environ.get("TARRAGON_CAMPAIGN_ROUNDS", "3"))
+SEED = int(os.environ.get("TARRAGON_CAMPAIGN_SEED", "2026"))
+ROUND_TIMEOUT_S = 300
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(ROUND_TIMEOUT_S)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    return {}
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_a_fault_at_a_random_moment_changes_no_stream(
+    cluster: Cluster, model_name: str, expected: dict[str, Any], number: int
+) -> None:
+    if not expected:
+        expected["bodies"], expected["readings"] = bodies_of_every_kind(cluster.url, model_name)
+    bodies: dict[str, dict[str, Any]] = expected["bodies"]
+    wanted: list[Reading] = expected["readings"]
+    rng = random.Random(SEED * 1_000 + number)
+    victim = rng.choice(["aw-0", "aw-1", "aw-0", "aw-1", "ew-0", "ew-1"])
+    signal = rng.choice(["SIGKILL", "SIGKILL", "SIGKILL", "SIGSTOP"])
+    total = sum(len(tokens) for reading in wanted for tokens in reading.tokens.values())
+    moment = rng.randrange(total - 20)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    pid = cluster.pids()[victim]
+    fault = Once(lambda: cluster.kill(victim, signal), moment)
+
+    got = read_all(cluster.url, model_name, list(bodies.values()), fault)
+
+    assert fault.done, "the moment never came"
+    assert_same(bodies, got, wanted)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    assert cluster.pids()[victim] != pid, f"{signal} of {victim} did not happen"
