@@ -39,6 +39,10 @@ class AdminClient:
         """Start one more worker of ``role`` ("attention" or "expert"); raises AdminError."""
         return self.request("POST", "/add", {"role": role})
 
+    def checkpointing(self, mode: str) -> dict[str, Any]:
+        """Have the attention workers checkpoint in this way from now on; raises AdminError."""
+        return self.request("POST", "/checkpointing", {"mode": mode})
+
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send one request and return the JSON object of a 2xx answer; raises AdminError."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)

@@ -15,11 +15,15 @@ from typing import Any, Final
 
 import msgspec
 
+from tarragon.checkpoint.mode import parse as parse_mode
+
 # --- hard bounds of the transport: no setting may exceed them, and a peer that asks for more is refused
 REGION_HIDDEN_MAX: Final = 65_536
 """Widest row in a shared region, in elements."""
 REGION_PAIRS_MAX: Final = 1 << 22
 """Most (token, expert) rows in a shared region."""
+CHECKPOINT_ROWS_SHARE: Final = 0.9
+"""Part of a bucket that is rows; the rest is room for its records and checksums."""
 BUCKET_BYTES_MAX: Final = 1 << 40
 """Largest checkpoint bucket of one worker."""
 HANDSHAKES_PENDING_MAX: Final = 64
@@ -55,8 +59,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kv_cache_bytes: int = 1 << 30
     """Paged KV cache of each attention worker."""
     checkpoint_bytes_max: int = 0
-    """Budget of the checkpoint store, in bytes reserved for buckets (section 6); 0 means no bound. A bucket is
-    about as large as the KV cache of its worker, and takes memory only where it was written."""
+    """Budget of the checkpoint store, in bytes reserved for buckets (section 6); 0 means no bound. A bucket
+    is about as large as the KV cache of its worker, which is made smaller where the budget asks for it: then
+    requests wait for room as they wait for the cache, and what runs is protected."""
+    checkpoint_mode: str = "segments"
+    """"segments": every new row of every request; "none": no protection; "pause-N": the whole cache every N
+    steps, a baseline to compare with."""
     bucket_linger_s: float = 30.0
     """How long the checkpoints of a dead attention worker are kept for those who restore its requests."""
 
@@ -207,10 +215,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        try:
+            parse_mode(self.checkpoint_mode)
+        except ValueError as error:
+            raise ConfigError(f"checkpoint_mode: {error}") from error
         for name in ("port", "admin_port"):
             if not 1 <= getattr(self, name) <= 65_535:
                 raise ConfigError(f"{name} must lie in 1..65535, but is {getattr(self, name)}")
         return self
+
+    @property
+    def kv_cache_bytes_granted(self) -> int:
+        """KV cache of each attention worker that the checkpoint store has room to mirror.
+
+        A dead worker's bucket is kept while its requests are restored, so there is room for one more.
+        """
+        if not self.checkpoint_bytes_max or self.checkpoint_mode != "segments":
+            return self.kv_cache_bytes
+        share = self.checkpoint_bytes_max // (self.attention_workers + 1)
+        return min(self.kv_cache_bytes, int(share * CHECKPOINT_ROWS_SHARE))
 
     def threads(self, role: str, cores: int) -> int:
         """Compute threads of one worker of ``role`` ("attention" or "expert") on a host of ``cores``."""

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +38,7 @@ _ANSWER_TIMEOUT_S: Final = 120.0
 _OWNER_TIMEOUT_S: Final = 10.0
 """Until the workers' reports say which attention worker writes the answer (they report once a second)."""
 _RECOVERY_TIMEOUT_S: Final = 120.0
+_PROTECTION_TIMEOUT_S: Final = 20.0
 _POLL_S: Final = 0.02
 
 
@@ -85,7 +87,10 @@ def _prove(cluster: Cluster, notes: Console) -> int:
         cluster.start()
     restart_s = time.monotonic() - began_s
     notes.print(cluster.ready_line)
-    notes.print(summary(cluster.wait_for("full_capacity", _RECOVERY_TIMEOUT_S)))
+    cluster.wait_for("full_capacity", _RECOVERY_TIMEOUT_S)
+    with suppress(ClusterError):  # then the line below says that it is unprotected, and why
+        cluster.wait_for("protected", _PROTECTION_TIMEOUT_S)
+    notes.print(summary(cluster.status()))
 
     console.print(f"\n> {QUESTION}\n", style="bold")
     murderer = Murderer(cluster, console)
@@ -96,7 +101,7 @@ def _prove(cluster: Cluster, notes: Console) -> int:
         cluster.wait_for("full_capacity", _RECOVERY_TIMEOUT_S)
         back_s = [_back_after_s(cluster, kill, murderer.epochs[kill.worker_id]) for kill in murderer.kills]
         undisturbed = ask(cluster.url, lambda _piece: None)
-    console.print(report(disturbed, undisturbed, murderer.kills, back_s, restart_s))
+    console.print(report(disturbed, undisturbed, murderer.kills, back_s))
     console.print(
         f"Restarting instead, as others do: {restart_s:.0f} s, which is what this cluster's own start took "
         "just now; every stream would have ended, and every token been computed again.\n"

@@ -238,6 +238,12 @@ class Drain(Message, frozen=True):
     worker_id: str
 
 
+class Checkpointing(Message, frozen=True):
+    """For attention workers: how they checkpoint from now on; see ``checkpoint.mode``."""
+
+    mode: str
+
+
 class Stop(Message, frozen=True):
     reason: str = ""
 
@@ -294,6 +300,7 @@ Control = (
     | Peers
     | Assign
     | Drain
+    | Checkpointing
     | Stop
     | Refused
     | StartWorker

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.request import RequestStatus
 
 from tarragon.attention import capture
+from tarragon.attention.baseline import Snapshot
 from tarragon.attention.resume import Resumer, Seat
 from tarragon.boot import Boot
 from tarragon.checkpoint.bucket import Bucket
 from tarragon.checkpoint.client import StoreClient
+from tarragon.checkpoint.mode import parse as parse_mode
 from tarragon.checkpoint.restore import Restorer
 from tarragon.checkpoint.writer import Checkpointer, Scheduled
 
@@ -37,6 +40,10 @@ class Checkpoints:
         self._scheduler.connector = self.seat
         self._granted: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._store_up = False
+        self._asked_mode = self._mode = parse_mode(boot.config.checkpoint_mode)
+        self.writer.enabled = self._mode.segments
+        self._snapshot = Snapshot(runner)
+        self._steps = 0
         self.reason = ""
         """Why nothing is protected, if so."""
         if not self.layers:
@@ -59,12 +66,20 @@ class Checkpoints:
         has_bucket = self.writer.bucket is not None or not self._granted.empty()
         protected = has_bucket and self._store_up
         return {
-            "bucket": float(protected),
+            "bucket": float(protected and self._mode.segments),
+            "snapshot_bytes": float(self._snapshot.bytes_copied),
             **self.writer.counters.as_dict(),
             **self.restorer.counters.as_dict(),
         }
 
-    # ------------------------------------------------------------------ from the store client's thread
+    # ------------------------------------------------------------------ from other threads
+
+    def ask_mode(self, text: str) -> None:
+        """Checkpoint in another way from the next step on."""
+        try:
+            self._asked_mode = parse_mode(text)
+        except ValueError as error:
+            print(f"not obeyed: {error}", file=sys.stderr)
 
     def _take(self, fd: int) -> None:
         self._store_up = True
@@ -86,6 +101,9 @@ class Checkpoints:
             finally:
                 os.close(fd)
         writer.check_seal()
+        if self._mode != self._asked_mode:
+            self._mode = self._asked_mode
+            writer.enable(self._mode.segments)
         writer.release(scheduler_output.finished_req_ids)
         scheduled, live = scheduler_output.num_scheduled_tokens, self._scheduler.requests
         writer.release(
@@ -108,7 +126,10 @@ class Checkpoints:
 
     def end(self, scheduler_output: Any) -> None:
         """After the forward pass, before anything of it is shown: commit (promise 4)."""
-        if self.writer.bucket is None:
+        self._steps += 1
+        if self._mode.pause_steps and self._steps % self._mode.pause_steps == 0:
+            self._snapshot.take()
+        if not self.writer.enabled or self.writer.bucket is None:
             return
         batch = self._runner.input_batch
         index, computed = batch.req_id_to_index, batch.num_computed_tokens_cpu

@@ -16,6 +16,7 @@ from tarragon.attention.times import TIMES
 from tarragon.boot import Boot
 from tarragon.control import WorkerControl
 from tarragon.messages import (
+    Checkpointing,
     Control,
     Peer,
     Ready,
@@ -51,6 +52,8 @@ class ControlThread(WorkerControl):
         self._changed = threading.Condition()
         self.counters: Callable[[], dict[str, float]] = dict
         """What besides REFE's counters is reported."""
+        self.on_mode: Callable[[str], None] = lambda _mode: None
+        """Called with another way to checkpoint."""
 
     # ------------------------------------------------------------------ called by the engine thread
 
@@ -117,6 +120,8 @@ class ControlThread(WorkerControl):
     def handle(self, message: Control) -> None:
         if isinstance(message, (Welcome, TableUpdate)):
             self._take_table(message.table)
+        elif isinstance(message, Checkpointing):
+            self.on_mode(message.mode)
 
     def _take_table(self, table: Table) -> None:
         with self._changed:

@@ -43,6 +43,7 @@ def main(boot: Boot) -> None:
     AttentionModelRunner.checkpoints = checkpoints
     refe.on_gap = checkpoints.writer.flush
     control.counters = checkpoints.counters
+    control.on_mode = checkpoints.ask_mode
     control.ready(fingerprint(model), inexact_reason(vllm_config.model_config))
     requests = Requests(engine, control, vllm_config, checkpoints.resumer, attempts)
     serve(engine, refe, control, requests, checkpoints)

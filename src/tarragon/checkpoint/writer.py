@@ -66,6 +66,7 @@ class Checkpointer:
     def __init__(self, *, deferred: bool) -> None:
         self.counters = Counters()
         self.bucket: Bucket | None = None
+        self.enabled = True
         self._deferred = deferred
         self._pending: list[Rows] = []
         self._records: dict[str, int] = {}
@@ -77,6 +78,16 @@ class Checkpointer:
         self._free = list(range(bucket.shape.records))
         self._records.clear()
 
+    def enable(self, enabled: bool) -> None:
+        """Stop or resume writing. What the bucket missed meanwhile is made known as missing: a slot may have
+        been given to other tokens, whose rows are not those that lie here."""
+        if enabled and not self.enabled and self.bucket is not None:
+            self.bucket.checks.zero_()
+        if not enabled:
+            self._pending.clear()
+            self.release(list(self._records))
+        self.enabled = enabled
+
     @property
     def recorded(self) -> Collection[str]:
         """Requests that have a record."""
@@ -86,7 +97,7 @@ class Checkpointer:
 
     def capture(self, rows: Rows) -> None:
         """Note the rows of one layer's update of the cache; never waits."""
-        if self.bucket is None:
+        if self.bucket is None or not self.enabled:
             return
         self._pending.append(rows)
         if not self._deferred:

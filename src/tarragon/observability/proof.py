@@ -62,16 +62,15 @@ def stall_s(answer: Answer, kill: Kill, until_s: float) -> float | None:
 
 
 def report(
-    disturbed: Answer, undisturbed: Answer, kills: Sequence[Kill], back_s: Sequence[float], restart_s: float
+    disturbed: Answer, undisturbed: Answer, kills: Sequence[Kill], back_s: Sequence[float]
 ) -> RenderableType:
     """The proof on one screen.
 
     Args:
         back_s: per kill, how long it took until the worker's replacement was ready; NaN if it never was.
-        restart_s: what a start of the whole cluster took.
     """
     table = Table(title="What each death cost the reader", box=SIMPLE)
-    for title in ("killed", "after", "longest pause", "median pause", "replaced in", "a restart takes"):
+    for title in ("killed", "after", "longest pause", "usual pause", "replaced in"):
         table.add_column(title, justify="left" if title == "killed" else "right", no_wrap=True)
     ends = [*(kill.at_s for kill in kills), float("inf")][1:]
     for kill, until_s, back in zip(kills, ends, back_s, strict=True):
@@ -82,7 +81,6 @@ def report(
             "the stream ended" if stall is None else f"{1e3 * stall:,.0f} ms",
             f"{1e3 * median_gap_s(disturbed):,.0f} ms",
             f"{back:.1f} s" if back == back else "not yet",
-            f"{restart_s:.1f} s",
         )
     return Group(table, _beside(disturbed, undisturbed), _verdict(disturbed, undisturbed))
 

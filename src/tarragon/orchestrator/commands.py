@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 
-from tarragon.messages import Drain, SignalWorker
+from tarragon.checkpoint.mode import parse as parse_mode
+from tarragon.messages import Checkpointing, Drain, SignalWorker
 from tarragon.orchestrator.actions import Action, ToAgent
 from tarragon.orchestrator.membership import MembershipError, Worker
 from tarragon.orchestrator.recovery import PREFIXES, Leave, Recovery, WorkerRole, note, send
@@ -57,6 +58,15 @@ class Commands:
         numbers = [int(worker.worker_id.rpartition("-")[2]) for worker in taken]
         worker_id = f"{PREFIXES[role]}-{max(numbers, default=-1) + 1}"
         return worker_id, self._recovery.start(worker_id, role, now_s)
+
+    def checkpointing(self, mode: str) -> list[Action]:
+        """Have all attention workers that live checkpoint in another way. Raises MembershipError."""
+        try:
+            parse_mode(mode)
+        except ValueError as error:
+            raise MembershipError(str(error)) from error
+        workers = [w for w in self._membership.by_role("attention") if w.state == "healthy"]
+        return [send(worker, Checkpointing(mode=mode)) for worker in workers]
 
     def dead(self) -> list[str]:
         """Workers that do not run now, given up or waiting to be started again."""

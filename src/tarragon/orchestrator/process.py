@@ -340,6 +340,10 @@ class Orchestrator:
         self._carry_out(actions)
         return {"worker_id": worker_id, "state": "starting"}
 
+    def checkpointing(self, mode: str) -> dict[str, Any]:
+        self._carry_out(self._commands.checkpointing(mode))
+        return {"mode": mode}
+
     def apply(self, instruction: str, worker_ids: list[str]) -> dict[str, Any]:
         """A fault-tolerance instruction: what of it was possible has begun when this returns."""
         now_s = self._now_s()

@@ -42,6 +42,7 @@ class Operations(Protocol):
     def kill(self, worker_id: str, number: int) -> dict[str, Any]: ...
     def drain(self, worker_id: str) -> dict[str, Any]: ...
     def add(self, role: str) -> dict[str, Any]: ...
+    def checkpointing(self, mode: str) -> dict[str, Any]: ...
     def apply(self, instruction: str, worker_ids: list[str]) -> dict[str, Any]: ...
 
 
@@ -77,6 +78,10 @@ class _Add(_Body):
     role: str
 
 
+class _Checkpointing(_Body):
+    mode: str
+
+
 class _Params(_Body):
     worker_ids: list[str] = []
 
@@ -102,7 +107,7 @@ class StatusServer:
         self._runner: web.ServerRunner | None = None
         self._assets = dashboard.load()
         self._routes: Mapping[str, Mapping[str, _Route]] = {
-            **dict.fromkeys(self._assets, {"GET": self._asset}),
+            **{path: {"GET": self._asset} for path in self._assets},
             "/status": {"GET": self._status},
             "/table": {"GET": self._table},
             "/events": {"GET": self._events},
@@ -110,6 +115,7 @@ class StatusServer:
             "/kill": {"POST": self._kill},
             "/drain": {"POST": self._drain},
             "/add": {"POST": self._add},
+            "/checkpointing": {"POST": self._checkpointing},
             "/fault_tolerance/status": {"GET": self._faults},
             "/fault_tolerance/apply": {"POST": self._apply},
         }
@@ -195,6 +201,10 @@ class StatusServer:
             raise Denied(HTTPStatus.BAD_REQUEST, f"signal must be one of {', '.join(SIGNALS)}")
         number = signal.Signals[f"SIG{name}"].value
         return _json(self._operations.kill(body.worker_id, number), HTTPStatus.ACCEPTED)
+
+    async def _checkpointing(self, request: web.BaseRequest) -> web.Response:
+        body = await self._body(request, _Checkpointing)
+        return _json(self._operations.checkpointing(body.mode), HTTPStatus.ACCEPTED)
 
     async def _drain(self, request: web.BaseRequest) -> web.Response:
         body = await self._body(request, _Drain)

@@ -109,9 +109,14 @@ class Responder {
         const int fd = events[i].data.fd;
         if (fd == wake_) {
           take_arrivals();
-        } else if (!serve(fd, *channels_.at(fd))) {
-          close(fd);  // leaves the epoll set with it: nobody has a duplicate
-          channels_.erase(fd);
+          continue;
+        }
+        const auto found = channels_.find(fd);
+        if (found == channels_.end()) continue;  // an event of a channel that ended earlier in this round
+        if (!serve(fd, *found->second)) {
+          epoll_ctl(epoll_, EPOLL_CTL_DEL, fd, nullptr);
+          close(fd);
+          channels_.erase(found);
           --open_;
         }
       }

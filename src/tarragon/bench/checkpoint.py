@@ -1,0 +1,268 @@
+"""`tarragon bench checkpoint`: tokens/s without checkpoints, with Tarragon's, and with the baseline's (7.4).
+
+The baseline stops every few steps to copy the whole cache. One cluster under one closed-loop load; the way
+to checkpoint changes every few seconds, in an order that is drawn anew for each round, and the tokens of each
+window are counted. So all schemes meet the same streams, cores and moments, and a drift of the machine hits
+all alike. Beside it, without any comparison: the seconds that writing took of the attention workers' steps,
+which bounds the cost from above, and the bytes written against the formula of appendix C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+
+from tarragon.bench import output
+from tarragon.bench.poisson import REQUEST_TIMEOUT_S, LoadError, Workload, read_stream
+from tarragon.bench.progress import Bar
+from tarragon.bench.stats import interval, paired_ratio, summary
+from tarragon.bench.timeline import Trace
+from tarragon.cluster import Cluster, ClusterError
+from tarragon.models.demo import ensure_demo_model
+from tarragon.models.headers import read_json
+from tarragon.models.shape import read_model
+
+COST_MAX: Final = 0.01
+"""Promise 5 of the design."""
+PAUSES: Final = (1, 4, 8, 16, 32)
+SETTLE_S: Final = 0.5
+"""Left out at the start of a window: workers change at their next step."""
+QUICK_LAYERS: Final = 4
+_ELEMENT_BYTES: Final = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    options = output.parser("checkpoint", __doc__)
+    options.add_argument("--concurrency", type=int, default=16)
+    options.add_argument("--window-s", type=float, default=4.0, help="seconds of each scheme in a round")
+    options.add_argument("--rounds", type=int, default=24, help="windows of each scheme")
+    options.add_argument(
+        "--pair-rounds", type=int, default=60, help="further windows of none against segments"
+    )
+    options.add_argument("--attention-workers", type=int, default=2)
+    options.add_argument("--expert-workers", type=int, default=2)
+    options.add_argument("--quick", action="store_true", help="few rounds, the demo model's first layers")
+    return options
+
+
+def main(argv: list[str]) -> int:
+    options = parser().parse_args(argv)
+    if options.quick:
+        options.rounds, options.pair_rounds = min(options.rounds, 3), min(options.pair_rounds, 6)
+        options.layers = options.layers or QUICK_LAYERS
+    model = options.model or ensure_demo_model(layers=options.layers)
+    schemes = ["none", "segments", *(f"pause-{steps}" for steps in PAUSES)]
+    planned_s = options.window_s * (options.rounds * len(schemes) + 2 * options.pair_rounds)
+    try:
+        with (
+            Cluster(model, options.attention_workers, options.expert_workers) as cluster,
+            Bar("checkpoint", planned_s) as bar,
+        ):
+            metrics = asyncio.run(_measure(options, model, cluster, schemes, bar))
+    except (ClusterError, LoadError) as error:
+        print(f"tarragon: {error}", file=sys.stderr)
+        return 1
+    settings = {
+        "model": model.name,
+        "attention_workers": options.attention_workers,
+        "expert_workers": options.expert_workers,
+        "concurrency": options.concurrency,
+        "window_s": options.window_s,
+        "rounds": options.rounds,
+        "pair_rounds": options.pair_rounds,
+    }
+    output.write(output.result("checkpoint", settings, metrics), options.json)
+    print(report(metrics))
+    output.plot(options.plot, lambda axes: draw(axes, metrics))
+    return 0
+
+
+class _Load:
+    """A fixed number of streams, each replaced as it ends; counts tokens as they come."""
+
+    def __init__(self, url: str, model: str, workload: Workload, streams: int) -> None:
+        self._url, self._model, self._workload, self._streams = url, model, workload, streams
+        self._next = 0
+        self.live: list[Trace] = []
+        self.tokens_done = 0
+        self.stopping = False
+
+    @property
+    def tokens(self) -> int:
+        return self.tokens_done + sum(len(trace.tokens) for trace in self.live)
+
+    async def run(self) -> None:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+        async with (
+            aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session,
+            asyncio.TaskGroup() as group,
+        ):
+            for _ in range(self._streams):
+                group.create_task(self._keep_one(session))
+
+    async def _keep_one(self, session: aiohttp.ClientSession) -> None:
+        while not self.stopping:
+            trace = Trace(self._next, time.monotonic())
+            self._next += 1
+            self.live.append(trace)
+            await read_stream(session, self._url, self._model, self._workload.body(trace.index), trace)
+            if trace.error:
+                raise LoadError(f"a request failed: {trace.error}")
+            self.tokens_done += len(trace.tokens)
+            self.live.remove(trace)
+
+
+async def _measure(
+    options: argparse.Namespace, model: Path, cluster: Cluster, schemes: list[str], bar: Bar
+) -> dict[str, Any]:
+    workload = Workload(seed=0, vocabulary=min(40_000, read_model(model).vocab))
+    load = _Load(cluster.url, model.name, workload, options.concurrency)
+    running = asyncio.create_task(load.run())
+    rates: dict[str, list[float]] = {scheme: [] for scheme in schemes}
+    pairs: dict[str, list[float]] = {"none": [], "segments": []}
+    account: dict[str, float] = {}
+    rng = random.Random(0)
+    try:
+        await asyncio.sleep(2 * SETTLE_S + 2.0)
+        for number in range(options.rounds):
+            bar.doing(f"round {number + 1} of {options.rounds}")
+            for scheme in rng.sample(schemes, len(schemes)):
+                rates[scheme].append(await _window(cluster, load, running, scheme, options.window_s, account))
+                bar.done(options.window_s)
+        for number in range(options.pair_rounds):
+            bar.doing(f"pair {number + 1} of {options.pair_rounds}")
+            for scheme in ("none", "segments") if number % 2 == 0 else ("segments", "none"):
+                pairs[scheme].append(await _window(cluster, load, running, scheme, options.window_s, account))
+                bar.done(options.window_s)
+    finally:
+        load.stopping = True
+        cluster.admin.checkpointing("segments")
+    await running
+    return conclude(rates, pairs, account, segment_bytes(model))
+
+
+async def _window(
+    cluster: Cluster,
+    load: _Load,
+    running: asyncio.Task[None],
+    scheme: str,
+    window_s: float,
+    account: dict[str, float],
+) -> float:
+    """Tokens/s of one window; adds what its writing cost to ``account`` if it is Tarragon's."""
+    await asyncio.to_thread(cluster.admin.checkpointing, scheme)
+    await asyncio.sleep(SETTLE_S)
+    before = await asyncio.to_thread(_counters, cluster) if scheme == "segments" else {}
+    tokens, start_s = load.tokens, time.monotonic()
+    await asyncio.sleep(window_s - SETTLE_S)
+    tokens, took_s = load.tokens - tokens, time.monotonic() - start_s
+    if running.done():
+        await running
+    for name, value in (await asyncio.to_thread(_counters, cluster)).items() if before else ():
+        account[name] = account.get(name, 0.0) + value - before.get(name, 0.0)
+    return tokens / took_s
+
+
+def _counters(cluster: Cluster) -> dict[str, float]:
+    """Sums over the attention workers; as old as their last report."""
+    names = (
+        "checkpoint_s",
+        "checkpoint_bytes",
+        "checkpoint_segments",
+        "checkpoint_commits",
+        "step_s",
+        "pairs",
+    )
+    found = [w.get("counters", {}) for w in cluster.status()["workers"] if w["role"] == "attention"]
+    return {name: sum(counters.get(name, 0.0) for counters in found) for name in names}
+
+
+def segment_bytes(model: Path) -> dict[str, float]:
+    """Appendix C: bytes per token of checkpoints (K and V of all layers) and of AW-EW traffic (both ways)."""
+    shape, config = read_model(model), read_json(model / "config.json")
+    heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    head = int(config.get("head_dim") or shape.hidden // int(config["num_attention_heads"]))
+    return {
+        "checkpoint_bytes_per_token": 2.0 * shape.layers * heads * head * _ELEMENT_BYTES,
+        "experts_bytes_per_token": 2.0 * len(shape.moe_layers) * shape.top_k * shape.hidden * _ELEMENT_BYTES,
+        "pairs_per_token": float(len(shape.moe_layers) * shape.top_k),
+    }
+
+
+def conclude(
+    rates: dict[str, list[float]],
+    pairs: dict[str, list[float]],
+    account: dict[str, float],
+    formula: dict[str, float],
+) -> dict[str, Any]:
+    """Ratios to no checkpoints, the verdict on promise 5, and bytes against appendix C."""
+    metrics: dict[str, Any] = {
+        scheme: {"tokens_per_s": summary(found), "ratio": paired_ratio(found, rates["none"])}
+        for scheme, found in rates.items()
+    }
+    on = rates["segments"] + pairs["segments"]
+    off = rates["none"] + pairs["none"]
+    costs = [1.0 - a / b for a, b in zip(on, off, strict=True)]
+    low, high = interval(costs)
+    verdict = "holds" if high <= COST_MAX else "does not hold" if low > COST_MAX else "inconclusive"
+    metrics["cost"] = {**summary(costs), "ci95": [low, high], "verdict": verdict}
+    if account.get("step_s"):
+        metrics["writing_share_of_steps"] = account["checkpoint_s"] / account["step_s"]
+    tokens = account.get("pairs", 0.0) / formula["pairs_per_token"]
+    if tokens:
+        written = account["checkpoint_bytes"] / tokens
+        metrics["bytes"] = {
+            **formula,
+            "written_bytes_per_token": written,
+            "written_over_formula": written / formula["checkpoint_bytes_per_token"],
+            "formula_over_experts_traffic": formula["checkpoint_bytes_per_token"]
+            / formula["experts_bytes_per_token"],
+        }
+    return metrics
+
+
+def report(metrics: dict[str, Any]) -> str:
+    rows = [
+        [scheme, found["tokens_per_s"]["median"], found["ratio"]["median"], *found["ratio"]["ci95"]]
+        for scheme, found in metrics.items()
+        if isinstance(found, dict) and "tokens_per_s" in found
+    ]
+    cost = metrics["cost"]
+    lines = [
+        output.table(["scheme", "tokens/s", "of none", "from", "to"], rows),
+        f"cost of segments: {100 * cost['median']:.2f} % "
+        f"({100 * cost['ci95'][0]:.2f} to {100 * cost['ci95'][1]:.2f} %, {cost['n']} pairs): "
+        f"at most {100 * COST_MAX:g} % {cost['verdict']}",
+    ]
+    if "writing_share_of_steps" in metrics:
+        lines.append(f"writing took {100 * metrics['writing_share_of_steps']:.2f} % of the steps' time")
+    if "bytes" in metrics:
+        found = metrics["bytes"]
+        lines.append(
+            f"{found['written_bytes_per_token']:.0f} bytes a token written, "
+            f"{found['checkpoint_bytes_per_token']:.0f} by the formula, which is "
+            f"{found['formula_over_experts_traffic']:.2f} of the AW-EW traffic"
+        )
+    return "\n".join(lines)
+
+
+def draw(axes: Any, metrics: dict[str, Any]) -> None:
+    """Tokens/s of each scheme as a share of no checkpoints, with 95 % intervals."""
+    found = {
+        name: value for name, value in metrics.items() if isinstance(value, dict) and "tokens_per_s" in value
+    }
+    medians = [value["ratio"]["median"] for value in found.values()]
+    spread = [
+        [max(0.0, value["ratio"]["median"] - value["ratio"]["ci95"][0]) for value in found.values()],
+        [max(0.0, value["ratio"]["ci95"][1] - value["ratio"]["median"]) for value in found.values()],
+    ]
+    axes.bar(list(found), medians, yerr=spread, color="#1b6e4b", ecolor="black", capsize=3)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_ylabel("tokens/s, of no checkpoints")
