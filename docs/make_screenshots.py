@@ -28,9 +28,9 @@ from tarragon.testing.browser import ABSENT, find_chromium, launch_options
 
 FOLDER = Path(__file__).parent / "images"
 STREAMS = 6
-LOAD_S = 25.0
+LOAD_S = 20.0
 BACK_S = 60.0
-COLOURS = 64
+COLOURS = 256
 VIEWS = {
     "dashboard-light": (1280, 1420, "light"),
     "dashboard-dark": (1280, 1420, "dark"),
@@ -117,15 +117,17 @@ def _log(app: Top) -> str:
 
 def _read(url: str, over: threading.Event) -> None:
     """Keep one stream running."""
-    body = {"prompt": "Once upon a time", "max_tokens": 120, "temperature": 0.8, "ignore_eos": True}
-    with httpx.Client(timeout=60, trust_env=False) as client:
+    body = {"prompt": "Once upon a time", "max_tokens": 60, "temperature": 0.8, "ignore_eos": True}
+    with httpx.Client(timeout=300, trust_env=False) as client:
         while not over.is_set():
             client.post(f"{url}/v1/completions", json=body)
 
 
 def save(name: str, png: bytes) -> None:
     target = FOLDER / f"{name}.png"
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(COLOURS).save(target, optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE).save(
+        target, optimize=True
+    )
     print(f"{target} ({target.stat().st_size >> 10} KiB)", flush=True)
 
 

@@ -53,9 +53,7 @@ class Recorded:
     def table(self) -> dict[str, Any]:
         return {
             "version": self.version,
-            "workers": [
-                {"id": w["id"], "epoch": w["epoch"], "pid": w["pid"]} for w in self.live("expert")
-            ],
+            "workers": [{"id": w["id"], "epoch": w["epoch"], "pid": w["pid"]} for w in self.live("expert")],
             "candidates": [
                 [self.holders(layer, expert) for expert in range(self.experts)]
                 for layer in range(self.layers)

@@ -169,10 +169,10 @@ def test_one_that_hangs_without_traffic_is_found_and_replaced(cluster: Cluster, 
 def test_the_last_replica_lost_is_a_503_after_the_limit_and_later_requests_are_served(
     clusters: Clusters, model_name: str
 ) -> None:
-    alone = clusters.get(1, 1, expert_unreachable_timeout_s=0.5, link_retry_ms=100.0)
+    alone = clusters.get(1, 1, expert_unreachable_timeout_s=0.05, link_retry_ms=100.0)
     undisturbed = ask(alone.url, model_name, BODIES[:4], concurrency=4)
     attention = worker(alone, "aw-0")["pid"]
-    body = {"model": model_name, "prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
+    body = {"model": model_name, "prompt": "Once upon a time", "max_tokens": 300, "ignore_eos": True}
     before = worker(alone, "ew-0")["counters"].get("batches", 0)
     replies: list[httpx.Response] = []
     reader = threading.Thread(

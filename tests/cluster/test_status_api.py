@@ -163,7 +163,7 @@ def test_commands_reach_the_agent_and_the_workers(model: str) -> None:
 
         code, body = await cluster.request("POST", "/add", {"role": "expert"})
         assert (code, body) == (202, {"worker_id": "ew-2", "state": "starting"})
-        status = await cluster.until(lambda s: s["full_capacity"] and len(s["workers"]) == 7)
+        status = await cluster.until(lambda s: s["full_capacity"] and len(s["workers"]) == 8)
         assert worker(status, "ew-2")["experts_resident"] > 0
 
         leaving = cluster.fakes["ew-1"]
@@ -171,7 +171,7 @@ def test_commands_reach_the_agent_and_the_workers(model: str) -> None:
         assert (code, body) == (202, {"worker_id": "ew-1", "state": "draining"})
         await asyncio.wait_for(leaving.task, LIMIT_S)
         assert [type(m) for m in leaving.inbox if isinstance(m, (Drain, Stop))] == [Drain, Stop]
-        status = await cluster.until(lambda s: s["full_capacity"] and len(s["workers"]) == 6)
+        status = await cluster.until(lambda s: s["full_capacity"] and len(s["workers"]) == 7)
         assert status["experts"]["unreachable"] == 0
         code, body = await cluster.request("POST", "/drain", {"worker_id": "gateway"})
         assert code == 409
@@ -206,7 +206,7 @@ def test_fault_tolerance_instructions(model: str) -> None:
             {"instruction": "scale_down", "params": {"worker_ids": ["ew-1"]}},
         )
         assert code == 202
-        await cluster.until(lambda s: s["full_capacity"] and len(s["workers"]) == 5)
+        await cluster.until(lambda s: s["full_capacity"] and len(s["workers"]) == 6)
 
         assert cluster.agent is not None
         cluster.silent.add("ew-0")

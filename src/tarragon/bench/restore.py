@@ -34,6 +34,7 @@ AFTER_TOKENS: Final = 4
 FULL_CAPACITY_S: Final = 180.0
 REPORTED_S: Final = 2.5
 """Workers report their counters every second."""
+COUNTERS: Final = ("restore_s", "restored_positions", "restored_bytes", "restored_requests")
 QUICK_LAYERS: Final = 4
 
 
@@ -87,13 +88,11 @@ async def trial(cluster: Cluster, model: Path, point: int, index: int) -> dict[s
         times = await _killed_at(session, cluster, body, point, index)
     await asyncio.to_thread(cluster.wait_for, "full_capacity", FULL_CAPACITY_S)
     await asyncio.sleep(REPORTED_S)
-    after = await asyncio.to_thread(_restored, cluster)
-    if after["restored_requests"] != before["restored_requests"] + 1:
-        raise LoadError(f"the stream was not restored: {before} then {after}")
+    done = _difference(before, await asyncio.to_thread(_restored, cluster))
+    if done.pop("restored_requests") != 1:
+        raise LoadError(f"the stream was not restored from its checkpoint: {done}")
     return {
-        "restore_s": after["restore_s"] - before["restore_s"],
-        "restored_positions": after["restored_positions"] - before["restored_positions"],
-        "restored_bytes": after["restored_bytes"] - before["restored_bytes"],
+        **done,
         "sequential_s": times[point - 1] - times[0],
         "parallel_s": parallel_s,
         "reader_gap_s": max(b - a for a, b in zip(times[point - 1 :], times[point:], strict=False)),
@@ -135,11 +134,21 @@ async def _first_token(
     return time.monotonic() - start_s
 
 
-def _restored(cluster: Cluster) -> dict[str, float]:
-    """Counters of restoring, summed over the attention workers that live."""
-    names = ("restore_s", "restored_positions", "restored_bytes", "restored_requests")
-    found = [w.get("counters", {}) for w in cluster.status()["workers"] if w["role"] == "attention"]
-    return {name: sum(counters.get(name, 0.0) for counters in found) for name in names}
+def _restored(cluster: Cluster) -> dict[int, dict[str, float]]:
+    """Counters of restoring of each living attention worker, by epoch."""
+    return {
+        worker["epoch"]: {name: worker.get("counters", {}).get(name, 0.0) for name in COUNTERS}
+        for worker in cluster.status()["workers"]
+        if worker["role"] == "attention"
+    }
+
+
+def _difference(before: dict[int, dict[str, float]], after: dict[int, dict[str, float]]) -> dict[str, float]:
+    """What the workers that live now have done since ``before``."""
+    return {
+        name: sum(found[name] - before.get(epoch, {}).get(name, 0.0) for epoch, found in after.items())
+        for name in COUNTERS
+    }
 
 
 def conclude(found: list[dict[str, float]]) -> dict[str, Any]:

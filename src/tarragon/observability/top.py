@@ -88,7 +88,7 @@ class Top(App[None]):
             with VerticalScroll(id="ert"):
                 yield Static(id="legend")
                 yield Static(id="grid")
-            yield RichLog(id="log", wrap=True, max_lines=400)
+            yield RichLog(id="log", wrap=True, min_width=20, max_lines=400)
         yield Footer()
 
     def on_mount(self) -> None:

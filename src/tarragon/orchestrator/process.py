@@ -249,6 +249,8 @@ class Orchestrator:
         return asyncio.get_running_loop().time()
 
     def _tick(self) -> None:
+        if self._end.done():
+            return  # the loop is being wound up: nothing new may begin
         if self._has_begun.is_set():
             self._carry_out(self._recovery.tick(self._now_s()))
             workers = self._recovery.membership.workers.values()
