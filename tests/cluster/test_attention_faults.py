@@ -146,7 +146,7 @@ def test_a_client_that_leaves_in_mid_failover(cluster: Cluster, model_name: str)
 
 def _running(cluster: Cluster) -> float:
     gateway = next(w for w in cluster.status()["workers"] if w["role"] == "gateway")
-    return float(gateway["counters"]["requests_live"])
+    return float(gateway["counters"]["streams_live"])
 
 
 def test_failures_leave_no_descriptor_and_no_memory_behind(cluster: Cluster, model_name: str) -> None:

@@ -26,6 +26,7 @@ from tarragon.gateway.probing import Prober
 from tarragon.gateway.stats import EngineSlots
 from tarragon.gateway.streams import Action, Fail, Send, Streams
 from tarragon.messages import Peer, ProtocolError
+from tarragon.observability.pace import Pace
 
 SEED_BITS: Final = 63
 OUTPUTS_WAITING_MAX: Final = 256
@@ -53,6 +54,7 @@ class Client(EngineCoreClient):  # type: ignore[misc]
             on_stall=lambda seconds: self.on_stall(seconds),
         )
         self.prober = Prober(boot, self.streams.owes, self._hangs)
+        self.pace = Pace(config.report_interval_ms / 1e3)
         self.available = asyncio.Event()
         """Set while at least one attention worker takes requests."""
         self.was_available = False
@@ -154,7 +156,10 @@ class Client(EngineCoreClient):  # type: ignore[misc]
         self.prober.heard(worker_id)
         match message:
             case wire.Outputs(attempts=attempts, outputs=outputs):
-                accepted = self.streams.accept(worker_id, attempts, outputs.outputs, time.monotonic())
+                now_s = time.monotonic()
+                accepted = self.streams.accept(worker_id, attempts, outputs.outputs, now_s)
+                for output in accepted:
+                    self.pace.sent(output.request_id, len(output.new_token_ids), now_s)
                 refused = [output for output in accepted if _refusal(output)]
                 outputs.outputs = [output for output in accepted if not _refusal(output)]
                 self._publish(worker_id, outputs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -121,9 +122,12 @@ class Control:
     async def _report_forever(self) -> None:
         while True:
             await asyncio.sleep(self._boot.config.report_interval_ms / 1e3)
+            pace = self._client.pace.gauges(self._client.streams.live, time.monotonic())
             await self._send(
                 Report(
-                    worker_id=self._boot.worker_id, epoch=self._boot.epoch, counters=counters(self._client)
+                    worker_id=self._boot.worker_id,
+                    epoch=self._boot.epoch,
+                    counters={**counters(self._client), **pace},
                 )
             )
 

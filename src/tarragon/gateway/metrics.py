@@ -15,7 +15,6 @@ def counters(client: Client) -> dict[str, float]:
     """Return what the gateway has counted since it started, by name."""
     counted = client.streams.counters
     return {
-        "requests_live": len(client.streams.live),
         "requests_total": counted.requests,
         "requests_restarted_total": counted.restarts,
         "requests_moved_total": counted.moved,

@@ -240,7 +240,9 @@ class Refe:
     def _question(self, sent_s: float) -> tuple[float, list[int]]:
         """Answers are late: probe who owes them. Returns when to ask again, and slots that died."""
         self.progress[0] += 1
-        wake_us, lost = self._links.question(sorted(self._exchange.owing), int(sent_s * 1e6))
+        # A slot whose link was dropped in this very turn still owes, until its rows are replayed.
+        owing = sorted(self._exchange.owing & set(self._links.live))
+        wake_us, lost = self._links.question(owing, int(sent_s * 1e6))
         self.counters.probes = self._links.probes_sent
         for slot, cause in lost:
             self.counters.links_hung += 1
