@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_found_and_computed_anew(cluster: Cluster, model
 
 
 def test_preemption_under_a_small_cache(clusters: Clusters, model_name: str) -> None:
-    small = clusters.get(2, 2, "--block-size=16", kv_cache_bytes=4 << 20)
+    small = clusters.get(2, 2, "--block-size=32", kv_cache_bytes=4 << 20)
     asked = mixed_requests(12, seed=21, vocabulary=40_000, long_tokens=200, output_tokens=64)
     wanted = ask(small.url, model_name, asked, concurrency=1)
     small.wait_for("full_capacity", FULL_CAPACITY_S)
@@ -88,7 +88,7 @@ def test_preemption_under_a_small_cache(clusters: Clusters, model_name: str) -> 
 def test_a_small_store_makes_requests_wait_and_protects_what_runs(
     clusters: Clusters, model_name: str
 ) -> None:
-    tight = clusters.get(2, 2, "--block-size=16", checkpoint_bytes_max=24 << 20)
+    tight = clusters.get(2, 2, "--block-size=32", checkpoint_bytes_max=24 << 20)
     assert tight.wait_for("protected", FULL_CAPACITY_S)["protected"]
     asked = mixed_requests(10, seed=22, vocabulary=40_000, long_tokens=200, output_tokens=48)
     wanted = ask(tight.url, model_name, asked, concurrency=2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tarragon.checkpoint.bucket import Bucket, BucketError, BucketShape, create
 from tarragon.checkpoint.restore import Restorer, RowKind, Source
 from tarragon.checkpoint.writer import Checkpointer, Fenced, Rows, Scheduled
@@ -84,7 +85,8 @@ def test_committed_rows_come_back_bit_for_bit(deferred: bool) -> None:
     restorer = Restorer("same")
     restorer.add("aw-0", 7, worker.fd)
     source = found(restorer)
-    assert source is not None and source.record.positions == 10
+    assert source is not None
+    assert source.record.positions == 10
     rows = restorer.read(source, 2, 10, KINDS)
     assert rows is not None
     for layer, taken in enumerate(rows):
@@ -92,7 +94,8 @@ def test_committed_rows_come_back_bit_for_bit(deferred: bool) -> None:
         for i, position in enumerate(range(2, 10)):
             slot = [5, 2, 9][position // 4] * 4 + position % 4
             key, value = worker.rows[layer, slot]
-            assert torch.equal(taken.key[i], key) and torch.equal(taken.value[i], value)
+            assert torch.equal(taken.key[i], key)
+            assert torch.equal(taken.value[i], value)
     worker.close()
 
 
@@ -108,7 +111,8 @@ def test_a_commit_covers_no_more_than_it_says(worker: Worker, reader: Restorer) 
     worker.write(0, 6, 7)
     worker.writer.flush()
     source = found(reader)
-    assert source is not None and source.record.positions == 6
+    assert source is not None
+    assert source.record.positions == 6
 
 
 def test_another_attempt_is_not_this_one(worker: Worker, reader: Restorer) -> None:
@@ -126,7 +130,8 @@ def test_the_longest_commit_wins(worker: Worker, reader: Restorer) -> None:
     worker.commit("r", 0, 6, attempt=1)
     reader.add("aw-1", 9, other.fd)
     source = reader.find("r", [("aw-1", 9, 2), ("aw-0", 7, 1)])
-    assert source is not None and source.record.positions == 6
+    assert source is not None
+    assert source.record.positions == 6
     other.close()
 
 
@@ -247,7 +252,9 @@ def test_what_is_no_bucket_is_refused() -> None:
     fd = create(SHAPE.total_bytes)
     with pytest.raises(BucketError, match="does not begin"):
         Bucket.map(fd)
-    larger = BucketShape(**{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__ if f != "slots"}, slots=4096)
+    larger = BucketShape(
+        **{f: getattr(SHAPE, f) for f in SHAPE.__struct_fields__ if f != "slots"}, slots=4096
+    )
     with pytest.raises(BucketError, match="its shape needs"):
         Bucket.map(fd, larger)
     os.close(fd)
@@ -296,7 +303,8 @@ def test_any_history_restores_exactly_what_was_committed(data: st.DataObject) ->
             assert source is None
             continue
         row, positions = live[name]
-        assert source is not None and source.record.positions == positions
+        assert source is not None
+        assert source.record.positions == positions
         rows = reader.read(source, 0, positions, KINDS)
         assert rows is not None
         slots = np.array(

@@ -60,6 +60,7 @@ def test_signals_for_the_parent_leave_the_undertaker_alone() -> None:
         os.kill(undertaker, signal.SIGINT)
         os.kill(undertaker, signal.SIGTERM)
         time.sleep(0.1)
-        assert not ended(undertaker) and holder.poll() is None
+        assert not ended(undertaker)
+        assert holder.poll() is None
         holder.kill()
         holder.wait(TIMEOUT_S)
