@@ -377,7 +377,8 @@ class Refe:
             return
         slots = self._links.slots_of(self._table)
         owner = owner_array(self._table, slots >= 0, self._candidates)
-        self._owners = torch.from_numpy(np.where(owner >= 0, slots[owner], -1).astype(np.int32))
+        # With one -1 at its end, an expert without a live host (-1) gets it, even if no worker is left at all.
+        self._owners = torch.from_numpy(np.append(slots, np.int32(-1))[owner])
 
     # ------------------------------------------------------------------ sending
 
