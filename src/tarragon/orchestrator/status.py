@@ -20,7 +20,7 @@ import msgspec
 from aiohttp import web
 
 from tarragon.config import Config
-from tarragon.observability import dashboard
+from tarragon.observability import dashboard, metrics
 from tarragon.orchestrator.membership import MembershipError, UnknownWorkerError
 from tarragon.routing.placement import PlacementError
 
@@ -112,6 +112,7 @@ class StatusServer:
             "/table": {"GET": self._table},
             "/events": {"GET": self._events},
             "/history": {"GET": self._history},
+            "/metrics": {"GET": self._metrics},
             "/kill": {"POST": self._kill},
             "/drain": {"POST": self._drain},
             "/add": {"POST": self._add},
@@ -190,6 +191,10 @@ class StatusServer:
 
     async def _history(self, request: web.BaseRequest) -> web.Response:
         return _json(self._operations.history(_number(request.query, "after", 0)))
+
+    async def _metrics(self, request: web.BaseRequest) -> web.Response:
+        headers = {**_HEADERS, "Content-Type": metrics.CONTENT_TYPE}
+        return web.Response(body=metrics.exposition(self._operations.status()), headers=headers)
 
     async def _faults(self, request: web.BaseRequest) -> web.Response:
         return _json(self._operations.faults())

@@ -377,7 +377,7 @@ class Refe:
             return
         slots = self._links.slots_of(self._table)
         owner = owner_array(self._table, slots >= 0, self._candidates)
-        # With one -1 at its end, an expert without a live host (-1) gets it, even if no worker is left at all.
+        # With a -1 at its end, an expert without a live host (-1) gets that, even if no worker is left.
         self._owners = torch.from_numpy(np.append(slots, np.int32(-1))[owner])
 
     # ------------------------------------------------------------------ sending
