@@ -165,8 +165,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     orchestrator_restart_window_s: float = 60.0
     orchestrator_silence_s: float = 5.0
     """An orchestrator that sends the node agent no sign of life for this long hangs, and is replaced."""
-    replacement_nice: int = 0
-    """Niceness (0..19) of a replacement worker until it is ready; ignored where it could not be undone."""
+    replacement_nice: int = 10
+    """Niceness (0..19) of a replacement worker until it is ready, so that its start does not slow the streams
+    that go on; ignored where it could not be undone (without CAP_SYS_NICE)."""
     worker_overhead_bytes: int = 512 << 20
     """Private memory of one worker besides weights and KV cache, for the check before the start."""
     log_line_bytes_max: int = 8_192

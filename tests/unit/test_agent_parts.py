@@ -148,7 +148,7 @@ def test_memory_counts_shadows_caches_and_overhead() -> None:
     config = Config(
         attention_workers=2, expert_workers=3, kv_cache_bytes=5, worker_overhead_bytes=100, shadow_replicas=1
     )
-    assert preflight.memory_needed_bytes(config, attention_bytes=10, expert_bytes=1000) == 2000 + 30 + 500
+    assert preflight.memory_needed_bytes(config, attention_bytes=10, expert_bytes=1000) == 2000 + 40 + 500
 
 
 @pytest.mark.parametrize(

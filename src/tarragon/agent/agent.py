@@ -261,7 +261,9 @@ class NodeAgent:
             threads=self._config.threads(role, self._cores) if role in ("attention", "expert") else 1,
         )
         module = self._modules[role]
-        nice = self._config.replacement_nice if is_replacement and process.can_restore_priority() else 0
+        computes = role in ("attention", "expert")
+        is_polite = is_replacement and computes and process.can_restore_priority()
+        nice = self._config.replacement_nice if is_polite else 0
         return self._fork(name, role, epoch, lambda: importlib.import_module(module).main(boot), nice=nice)
 
     def _fork(

@@ -46,7 +46,8 @@ def memory_needed_bytes(config: Config, attention_bytes: int, expert_bytes: int)
     if config.expert_memory_bytes_max:
         experts = min(experts, config.expert_memory_bytes_max * config.expert_workers)
     workers = config.attention_workers + config.expert_workers
-    per_attention = attention_bytes + config.kv_cache_bytes
+    copies_of_cache = 2 if config.checkpoint_mode == "segments" else 1  # the cache, and its checkpoints
+    per_attention = attention_bytes + copies_of_cache * config.kv_cache_bytes_granted
     return experts + config.attention_workers * per_attention + workers * config.worker_overhead_bytes
 
 
@@ -76,7 +77,8 @@ def check_memory(config: Config, attention_bytes: int, expert_bytes: int, availa
         raise PreflightError(
             f"{_gb(needed)} of memory are needed ({_gb(expert_bytes)} of experts x {copies}, and "
             f"{config.attention_workers} x ({_gb(attention_bytes)} of other weights + "
-            f"{_gb(config.kv_cache_bytes)} of KV cache)), but {_gb(available_bytes)} are available"
+            f"{_gb(config.kv_cache_bytes_granted)} of KV cache, as much for its checkpoints)), "
+            f"but {_gb(available_bytes)} are available"
         )
 
 
