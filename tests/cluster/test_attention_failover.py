@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -133,3 +134,16 @@ def test_both_roles_at_once(cluster: Cluster, model_name: str, expected: dict[st
     got = read_all(cluster.url, model_name, list(bodies.values()), Once(both, 250))
     assert_same(bodies, got, wanted)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+
+
+def test_a_drained_attention_worker_hands_its_streams_over(
+    cluster: Cluster, model_name: str, expected: dict[str, Any]
+) -> None:
+    bodies, wanted = undisturbed(expected, cluster, model_name)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    got = read_all(cluster.url, model_name, list(bodies.values()), Once(lambda: cluster.drain("aw-1"), 200))
+    assert_same(bodies, got, wanted)
+    deadline_s = time.monotonic() + FULL_CAPACITY_S
+    while any(w["id"] == "aw-1" and w["state"] != "dead" for w in cluster.status()["workers"]):
+        assert time.monotonic() < deadline_s, "it never left"
+        time.sleep(0.1)

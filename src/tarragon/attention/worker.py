@@ -15,6 +15,7 @@ from tarragon.attention.runner import AttentionModelRunner
 from tarragon.attention.times import TIMES
 from tarragon.attention.unreachable import fail_step
 from tarragon.boot import Boot
+from tarragon.checkpoint.writer import Fenced
 from tarragon.config import GRAMMAR_POLL_MS
 from tarragon.models.shape import MoeModel, read_model
 from tarragon.native.undertaker import spawn_undertaker
@@ -91,6 +92,9 @@ def serve(
                     engine.post_step(executed)
                 except ExpertUnreachable as error:
                     outputs = fail_step(engine, error)
+                except Fenced as error:
+                    print(f"attention worker: fenced, {error}", file=sys.stderr)
+                    return
             with TIMES.taken("deliver_s"):
                 requests.deliver(outputs)
             TIMES.end_step(refe.counters.as_dict())
