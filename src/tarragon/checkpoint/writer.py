@@ -111,10 +111,12 @@ class Checkpointer:
         bucket, counters = self.bucket, self.counters
         assert bucket is not None
         self.check_seal()
+        rows, checks, count = bucket.layer_rows, bucket.layer_checks, 0
         for layer, key, value, slots in self._pending:
-            segment_write(key.flatten(1), value.flatten(1), slots, bucket.rows[layer], bucket.checks[layer])
-            counters.checkpoint_segments += 1
-            counters.checkpoint_bytes += len(slots) * bucket.shape.row_bytes
+            segment_write(key.flatten(1), value.flatten(1), slots, rows[layer], checks[layer])
+            count += slots.shape[0]
+        counters.checkpoint_segments += len(self._pending)
+        counters.checkpoint_bytes += count * bucket.shape.row_bytes
         self._pending.clear()
         counters.checkpoint_s += time.perf_counter() - start
 

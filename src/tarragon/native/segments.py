@@ -6,11 +6,20 @@ never allocate.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from tarragon.native.ops import load
+
+
+@functools.cache
+def _op(name: str) -> Any:
+    """The op itself: looking it up each time would cost more than some calls do."""
+    load()
+    return getattr(torch.ops.tarragon, name).default
 
 
 def segment_write(
@@ -24,16 +33,14 @@ def segment_write(
         rows: uint8 [slots of the bucket, row bytes].
         checks: int32 [slots of the bucket].
     """
-    load()
-    torch.ops.tarragon.segment_write.default(key, value, slots, rows, checks)
+    _op("segment_write")(key, value, slots, rows, checks)
 
 
 def segment_read(
     rows: torch.Tensor, checks: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> int:
     """The inverse of ``segment_write``; returns the first i whose row is absent or damaged, or -1."""
-    load()
-    return int(torch.ops.tarragon.segment_read.default(rows, checks, slots, key, value))
+    return int(_op("segment_read")(rows, checks, slots, key, value))
 
 
 def commit_records(
