@@ -59,7 +59,6 @@ BIG = "x" * 20_000
     ("method", "path", "options", "code"),
     [
         ("GET", "/nothing", {}, 404),
-        ("GET", "/nothing", {}, 404),
         ("GET", "/status/", {}, 404),
         ("POST", "/status", {"json": {}}, 405),
         ("GET", "/kill", {}, 405),
