@@ -14,8 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 from tests.cluster.conftest import Clusters
-from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same
-from tests.streams import Reading, kinds, read_all
+from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same, counters
+from tests.streams import kinds, read_all
 from tests.workload import ask, differing, mixed_requests
 
 from tarragon.cluster import Cluster
@@ -23,18 +23,6 @@ from tarragon.cluster import Cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 SEED_PREFIX = list(range(100, 500))
-
-
-def total(readings: list[Reading]) -> int:
-    return sum(len(tokens) for reading in readings for tokens in reading.tokens.values())
-
-
-def counters(cluster: Cluster, name: str) -> float:
-    return sum(
-        worker.get("counters", {}).get(name, 0.0)
-        for worker in cluster.status()["workers"]
-        if worker["role"] == "attention"
-    )
 
 
 def bodies(tokens: int = 48) -> dict[str, dict[str, Any]]:

@@ -153,7 +153,7 @@ def group(count: int, config: Config = CONFIG) -> Iterator[Group]:
 
 def layer(refe: Refe, position: int = 0) -> float:
     """Run one layer of a step of its own, check the outcome; returns how long it took, in ms."""
-    refe.begin_step(TOKENS, continues=False)
+    refe.begin_step(TOKENS)
     start_s = time.monotonic()
     out = refe.expert_io(position, IDS, ROWS, WEIGHTS)
     took_ms = (time.monotonic() - start_s) * 1e3
@@ -231,7 +231,7 @@ def test_one_that_takes_the_replay_and_hangs_then_is_found_too() -> None:
                 time.sleep(0.001)
 
         with thread(hang_after_first_answer):
-            refe.begin_step(TOKENS, continues=False)
+            refe.begin_step(TOKENS)
             start_s = time.monotonic()
             with pytest.raises(ExpertUnreachable):
                 refe.expert_io(0, IDS, ROWS, WEIGHTS)
@@ -294,7 +294,7 @@ def test_the_last_replica_lost_fails_the_step_and_no_later_one() -> None:
     with group(2) as (refe, workers, _lost):
         workers[0].die()
         workers[1].hangs = True
-        refe.begin_step(TOKENS, continues=False)
+        refe.begin_step(TOKENS)
         with pytest.raises(ExpertUnreachable, match="an expert of layer 0 has no live host"):
             refe.expert_io(0, IDS, ROWS, WEIGHTS)
         assert refe.counters.steps_unreachable == 1
@@ -336,7 +336,7 @@ def test_an_abandoned_layer_takes_its_late_answers_back_first() -> None:
             )
         )
         workers[1].answer_after_s = 0.6
-        refe.begin_step(TOKENS, continues=False)
+        refe.begin_step(TOKENS)
         workers[0].die()
         with pytest.raises(ExpertUnreachable):
             refe.expert_io(0, IDS, ROWS, WEIGHTS)

@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 
 from tarragon.checkpoint.bucket import BucketShape
+from tarragon.checkpoint.restore import RowKind
 from tarragon.checkpoint.writer import Checkpointer, Rows
 
 Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -23,13 +24,8 @@ _plain_latent_update: Final = CPUMLAImpl.do_kv_cache_update
 class CachedLayer(NamedTuple):
     """One layer that writes a KV cache."""
 
-    place: int
-    """Among the layers that have a cache."""
-    group: int
-    key_shape: tuple[int, ...]
-    """Of one row."""
-    value_shape: tuple[int, ...]
-    dtype: torch.dtype
+    kind: RowKind
+    cache: torch.Tensor
     update: Update
     """Writes key [T, ...] and value [T, ...] into the slots [T] of the engine's cache, as the engine does."""
 
@@ -95,7 +91,7 @@ def cached_layers(runner: Any) -> list[CachedLayer]:
     context = runner.compilation_config.static_forward_context
     for group, spec in enumerate(runner.kv_cache_config.kv_cache_groups):
         for name in spec.layer_names:
-            layer = _cached_layer(context[name], len(layers), group, runner.dtype)
+            layer = _cached_layer(context[name], group, runner.dtype)
             if layer is None:
                 return []
             if getattr(context[name].impl, "kv_sharing_target_layer_name", None) is None:
@@ -104,18 +100,10 @@ def cached_layers(runner: Any) -> list[CachedLayer]:
 
 
 def watch(runner: Any, checkpointer: Checkpointer) -> list[CachedLayer]:
-    """Take the rows of all cached layers from now on."""
+    """Take the rows of all cached layers from now on; their order is the layers' order in a bucket."""
     layers = cached_layers(runner)
-    context = runner.compilation_config.static_forward_context
-    names = [name for spec in runner.kv_cache_config.kv_cache_groups for name in spec.layer_names]
-    writing = [
-        name for name in names if getattr(context[name].impl, "kv_sharing_target_layer_name", None) is None
-    ]
     if layers:
-        Capture._places = {
-            context[name].kv_cache.data_ptr(): layer.place
-            for name, layer in zip(writing, layers, strict=True)
-        }
+        Capture._places = {layer.cache.data_ptr(): place for place, layer in enumerate(layers)}
         Capture.checkpointer = checkpointer
     return layers
 
@@ -129,29 +117,28 @@ def bucket_shape(runner: Any, layers: list[CachedLayer], fingerprint: str) -> Bu
     return BucketShape(
         layers=len(layers),
         slots=runner.kv_cache_config.num_blocks * manager_size,
-        row_bytes=max(_row_bytes(layer) for layer in layers),
+        row_bytes=max(_row_bytes(layer.kind) for layer in layers),
         records=runner.scheduler_config.max_num_seqs,
         blocks_max=max(tables[group].block_table.np.shape[1] for group in range(len(groups))),
         block_sizes=sizes,
-        layer_groups=tuple(layer.group for layer in layers),
+        layer_groups=tuple(layer.kind.group for layer in layers),
         fingerprint=fingerprint,
     )
 
 
-def _row_bytes(layer: CachedLayer) -> int:
-    elements = torch.Size(layer.key_shape).numel() + torch.Size(layer.value_shape).numel()
-    return elements * layer.dtype.itemsize
+def _row_bytes(kind: RowKind) -> int:
+    elements = torch.Size(kind.key_shape).numel() + torch.Size(kind.value_shape).numel()
+    return elements * kind.dtype.itemsize
 
 
-def _cached_layer(layer: Any, place: int, group: int, dtype: torch.dtype) -> CachedLayer | None:
+def _cached_layer(layer: Any, group: int, dtype: torch.dtype) -> CachedLayer | None:
     impl = layer.impl
     if isinstance(impl, CapturingImpl):
         heads = (impl.num_kv_heads, impl.head_size)
-        return CachedLayer(place, group, heads, heads, dtype, _attention_update(layer))
+        return CachedLayer(RowKind(group, heads, heads, dtype), layer.kv_cache, _attention_update(layer))
     if isinstance(impl, CPUMLAImpl):
-        return CachedLayer(
-            place, group, (impl.kv_lora_rank,), (1, impl.qk_rope_head_dim), dtype, _latent_update(layer)
-        )
+        kind = RowKind(group, (impl.kv_lora_rank,), (1, impl.qk_rope_head_dim), dtype)
+        return CachedLayer(kind, layer.kv_cache, _latent_update(layer))
     return None
 
 

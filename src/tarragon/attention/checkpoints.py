@@ -34,8 +34,9 @@ class Checkpoints:
         self.writer = Checkpointer(deferred=runner.model_config.enforce_eager)
         self.restorer = Restorer(fingerprint)
         self.layers = capture.watch(runner, self.writer)
-        sizes = [group.kv_cache_spec.block_size for group in runner.kv_cache_config.kv_cache_groups]
-        self.seat = Seat(self.restorer, self.layers, sizes)
+        groups = runner.kv_cache_config.kv_cache_groups
+        self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
+        self.seat = Seat(self.restorer, self.layers, self._block_sizes)
         self.resumer = Resumer(engine, runner, self.seat)
         self._scheduler.connector = self.seat
         self._granted: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -44,10 +45,8 @@ class Checkpoints:
         self.writer.enabled = self._mode.segments
         self._snapshot = Snapshot(runner)
         self._steps = 0
-        self.reason = ""
-        """Why nothing is protected, if so."""
         if not self.layers:
-            self.reason = "the model keeps state that is no KV cache"
+            print("no checkpoints: the model keeps state that is no KV cache", file=sys.stderr)
             return
         self._shape = capture.bucket_shape(runner, self.layers, fingerprint)
         self.client = StoreClient(
@@ -114,10 +113,7 @@ class Checkpoints:
             ]
         )
         if scheduler_output.kv_cache_block_copies:
-            size = max(
-                group.kv_cache_spec.block_size for group in self._runner.kv_cache_config.kv_cache_groups
-            )
-            writer.copy_blocks(scheduler_output.kv_cache_block_copies, size)
+            writer.copy_blocks(scheduler_output.kv_cache_block_copies, max(self._block_sizes))
 
     def load(self, scheduler_output: Any) -> None:
         """Just before the forward pass: put restored rows into the cache."""
@@ -137,6 +133,5 @@ class Checkpoints:
             Scheduled(name, index[name], int(computed[index[name]]) + tokens)
             for name, tokens in scheduler_output.num_scheduled_tokens.items()
         ]
-        groups = range(len(self._runner.kv_cache_config.kv_cache_groups))
-        tables = [batch.block_table[group].block_table.cpu for group in groups]
+        tables = [batch.block_table[group].block_table.cpu for group in range(len(self._block_sizes))]
         self.writer.commit(entries, tables, self._attempts)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -25,15 +24,14 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from tarragon.attention.capture import CachedLayer
 from tarragon.attention.randomness import PositionalGenerator
-from tarragon.checkpoint.restore import LayerRows, Restorer, RowKind, Source
+from tarragon.checkpoint.bucket import slots_at
+from tarragon.checkpoint.restore import LayerRows, Restorer, Source
 from tarragon.gateway.wire import Add
 
 
 class Load(NamedTuple):
     """Rows to be put into a request's new blocks before the step's forward pass."""
 
-    request_id: str
-    start: int
     blocks: tuple[np.ndarray, ...]
     rows: list[LayerRows]
 
@@ -51,9 +49,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, restorer: Restorer, layers: Sequence[CachedLayer], block_sizes: Sequence[int]) -> None:
         # Not the base's: that one wants a transfer configuration, which would change the engine elsewhere.
         self._restorer = restorer
-        self._kinds = [
-            RowKind(layer.group, layer.key_shape, layer.value_shape, layer.dtype) for layer in layers
-        ]
+        self._kinds = [layer.kind for layer in layers]
         self._layers = layers
         self._block_sizes = block_sizes
         self._sources: dict[str, Source] = {}
@@ -111,7 +107,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         start, stop, rows = read
         assert stop - start == num_external_tokens
         tables = tuple(np.array(ids, dtype=np.int32) for ids in blocks.get_block_ids())
-        self._loads.append(Load(request.request_id, start, tables, rows))
+        self._loads.append(Load(tables, rows))
         counters = self._restorer.counters
         counters.restored_requests += 1
         counters.restored_positions += num_external_tokens
@@ -135,8 +131,9 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         begin = time.perf_counter()
         for load in loads:
             for layer, rows in zip(self._layers, load.rows, strict=True):
-                size, blocks = self._block_sizes[layer.group], load.blocks[layer.group]
-                slots = torch.from_numpy(_slots_at(blocks, size, rows.positions.numpy()))
+                group = layer.kind.group
+                size = self._block_sizes[group]
+                slots = slots_at(load.blocks[group], size, rows.positions.numpy())
                 held = slots >= size
                 if held.all():
                     layer.update(rows.key, rows.value, slots)
@@ -156,10 +153,6 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """Nothing to wait for."""
-
-
-def _slots_at(blocks: np.ndarray, size: int, positions: np.ndarray) -> np.ndarray:
-    return blocks[positions // size].astype(np.int64) * size + positions % size
 
 
 class Resumer:

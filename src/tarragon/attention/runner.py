@@ -25,7 +25,7 @@ class AttentionModelRunner(CPUModelRunner):
         if checkpoints is not None:
             checkpoints.begin(scheduler_output)
         if tokens:
-            RemoteExperts.refe.begin_step(tokens, continues=True)
+            RemoteExperts.refe.begin_step(tokens)
         self._step = scheduler_output
         with TIMES.taken("forward_s"):
             result = super().execute_model(scheduler_output, *args, **kwargs)

@@ -18,9 +18,7 @@ The file is sparse: pages come into being when they are first written.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
-import os
 import struct
 from typing import Final, NamedTuple
 
@@ -31,6 +29,7 @@ import torch
 from tarragon.config import BUCKET_BYTES_MAX
 from tarragon.messages import DECODE_ERRORS, ProtocolError
 from tarragon.native.segments import record_whole, release_record
+from tarragon.transport.memory import sealed_size
 
 _MAGIC: Final = 0x54454B4355424754  # "TGBUCKET"
 _VERSION: Final = 1
@@ -41,7 +40,6 @@ _SHAPE_OFFSET: Final = 64
 _HEADER_BYTES: Final = 4 * _PAGE_BYTES
 _RECORD_HEADER_BYTES: Final = 224
 _ID_BYTES_MAX: Final = 192
-_SIZE_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _READ_ATTEMPTS_MAX: Final = 8
 """A record that changes under a reader this often belongs to a worker that is alive: it is not read."""
 
@@ -150,12 +148,7 @@ class Bucket:
         The caller closes ``fd``. Raises BucketError unless it is a sealed memory file of the right
         size with a sound header.
         """
-        try:
-            seals, size = fcntl.fcntl(fd, fcntl.F_GET_SEALS), os.fstat(fd).st_size
-        except OSError as error:
-            raise BucketError(f"the descriptor is not a memory file: {error}") from error
-        if seals & _SIZE_SEALS != _SIZE_SEALS:
-            raise BucketError("the memory is not sealed: somebody could shrink it under us")
+        size = sealed_size(fd, BucketError)
         if size < _HEADER_BYTES:
             raise BucketError(f"{size} bytes are no bucket")
         memory = mmap.mmap(fd, size)
@@ -235,23 +228,8 @@ class Bucket:
         return Committed(index, version, attempt, positions, blocks)
 
 
-def create(total_bytes: int) -> int:
-    """A new, empty memory file for a bucket, closed by the caller. Raises BucketError or OSError."""
-    if not _HEADER_BYTES <= total_bytes <= BUCKET_BYTES_MAX:
-        raise BucketError(f"a bucket of {total_bytes} bytes, not within {_HEADER_BYTES}..{BUCKET_BYTES_MAX}")
-    fd = os.memfd_create("tarragon-bucket", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, total_bytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def slots_of(blocks: np.ndarray, block_size: int, start: int, stop: int) -> torch.Tensor:
-    """Cache slots of positions [start, stop) of a request whose blocks these are: int64 [stop - start]."""
-    positions = np.arange(start, stop, dtype=np.int64)
+def slots_at(blocks: np.ndarray, block_size: int, positions: np.ndarray) -> torch.Tensor:
+    """Cache slots of a request's positions, int64 [P], if these are its blocks: int64 [P]."""
     return torch.from_numpy(
         blocks[positions // block_size].astype(np.int64) * block_size + positions % block_size
     )

@@ -7,7 +7,6 @@ whoever does not expect a descriptor never gets one.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from typing import Annotated, Final
 
@@ -16,11 +15,11 @@ import msgspec
 from tarragon.config import BUCKET_BYTES_MAX
 from tarragon.messages import DECODE_ERRORS, ProtocolError
 from tarragon.transport.local import Connection
+from tarragon.transport.memory import create_sealed, sealed_size
 
 FRAME_BYTES_MAX: Final = 4_096
 """No message about a bucket is longer."""
 _TEXT_MAX: Final = 1_024
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 WorkerId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Epoch = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
@@ -153,26 +152,12 @@ def make_bucket(worker_id: str, total_bytes: int) -> int:
     The file is sparse: a page takes memory from its first write on.
     """
     assert 1 <= total_bytes <= BUCKET_BYTES_MAX
-    fd = os.memfd_create(f"tarragon-bucket-{worker_id}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, total_bytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    return create_sealed(f"tarragon-bucket-{worker_id}", total_bytes)
 
 
 def check_bucket(fd: int, total_bytes: int) -> None:
     """Raise ProtocolError unless ``fd`` is a sealed memory file of exactly ``total_bytes``."""
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        size_bytes = os.fstat(fd).st_size
-    except OSError as error:
-        raise ProtocolError(f"the descriptor is not a memory file: {error}") from error
-    # Seals first, size second: once sealed, the size cannot change between check and use.
-    if seals & _SEALS != _SEALS:
-        raise ProtocolError("the memory of a bucket is not sealed: somebody could shrink it under us")
+    size_bytes = sealed_size(fd)
     if size_bytes != total_bytes:
         raise ProtocolError(f"a bucket of {size_bytes} bytes, announced as {total_bytes}")
 

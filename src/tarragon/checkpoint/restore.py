@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from tarragon.checkpoint.bucket import Bucket, BucketError, Committed, slots_of
+from tarragon.checkpoint.bucket import Bucket, BucketError, Committed, slots_at
+from tarragon.counters import Counters
 from tarragon.native.segments import segment_read
 
 
@@ -43,7 +44,7 @@ class LayerRows(NamedTuple):
     value: torch.Tensor
 
 
-class Counters:
+class RestoreCounters(Counters):
     """Cumulative since the worker started."""
 
     def __init__(self) -> None:
@@ -59,9 +60,6 @@ class Counters:
         self.restore_corrupt = 0
         """Records or rows with a wrong checksum, or changed while they were read."""
 
-    def as_dict(self) -> dict[str, float]:
-        return {name: float(value) for name, value in vars(self).items()}
-
 
 class Restorer:
     """The buckets of other incarnations, and what may be taken from them.
@@ -70,7 +68,7 @@ class Restorer:
     """
 
     def __init__(self, fingerprint: str) -> None:
-        self.counters = Counters()
+        self.counters = RestoreCounters()
         self._fingerprint = fingerprint
         self._files: dict[tuple[str, int], int] = {}
         self._buckets: dict[tuple[str, int], Bucket] = {}
@@ -139,8 +137,8 @@ class Restorer:
     ) -> LayerRows | None:
         bucket, blocks = source.bucket, source.record.blocks[kind.group]
         size = bucket.shape.block_sizes[kind.group]
-        slots = slots_of(blocks, size, start, stop)
         positions = torch.arange(start, stop)
+        slots = slots_at(blocks, size, positions.numpy())
         held = slots >= size  # block 0 is no block: a sliding window has passed it
         if not held.all():
             slots, positions = slots[held].contiguous(), positions[held]

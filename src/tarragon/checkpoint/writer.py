@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from tarragon.checkpoint.bucket import Bucket
+from tarragon.counters import Counters
 from tarragon.native.segments import commit_records, release_record, segment_write
 
 
@@ -39,7 +40,7 @@ class Scheduled(NamedTuple):
     positions: int
 
 
-class Counters:
+class WriterCounters(Counters):
     """Cumulative since the worker started."""
 
     def __init__(self) -> None:
@@ -51,9 +52,6 @@ class Counters:
         self.checkpoint_records_short = 0
         """Requests of a step that found no free record: they run unprotected."""
 
-    def as_dict(self) -> dict[str, float]:
-        return {name: float(value) for name, value in vars(self).items()}
-
 
 class Checkpointer:
     """Writes one worker's bucket. Without a bucket it forgets what it is told: tokens flow, unprotected.
@@ -64,7 +62,7 @@ class Checkpointer:
     """
 
     def __init__(self, *, deferred: bool) -> None:
-        self.counters = Counters()
+        self.counters = WriterCounters()
         self.bucket: Bucket | None = None
         self.enabled = True
         self._deferred = deferred

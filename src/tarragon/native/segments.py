@@ -59,19 +59,14 @@ def commit_records(
         tables: per cache group int32 [requests, blocks].
         block_sizes: per cache group, tokens in a block.
     """
-    load()
-    torch.ops.tarragon.commit_records.default(
-        records, indices, committed, table_rows, list(tables), list(block_sizes)
-    )
+    _op("commit_records")(records, indices, committed, table_rows, list(tables), list(block_sizes))
 
 
 def release_record(records: torch.Tensor, index: int) -> None:
     """Record ``index`` says nothing any more; its blocks may be overwritten from now on."""
-    load()
-    torch.ops.tarragon.release_record.default(records, index)
+    _op("release_record")(records, index)
 
 
 def record_whole(copy: torch.Tensor, block_sizes: Sequence[int]) -> bool:
     """Whether the copy of one record, uint8 [1, record bytes], fits its own checksum."""
-    load()
-    return bool(torch.ops.tarragon.record_whole.default(copy, list(block_sizes)))
+    return bool(_op("record_whole")(copy, list(block_sizes)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from tarragon.counters import Counters
 
-class Counters:
+
+class RefeCounters(Counters):
     """What REFE did since it started; read by the control thread for reports."""
 
     def __init__(self) -> None:
@@ -18,6 +20,3 @@ class Counters:
         self.dispatch_s = 0.0
         self.wait_s = 0.0
         self.combine_s = 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        return {name: float(value) for name, value in vars(self).items()}

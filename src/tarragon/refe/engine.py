@@ -23,7 +23,7 @@ import torch
 from tarragon import native
 from tarragon.config import Config
 from tarragon.messages import DataFlag, DataFrame, DataKind, Peer, RefusalReason, Table
-from tarragon.refe.counters import Counters
+from tarragon.refe.counters import RefeCounters
 from tarragon.refe.exchange import Exchange, Send
 from tarragon.refe.links import Links, NewLink, NewTable, Post
 from tarragon.routing.table import candidate_array, owner_array
@@ -71,7 +71,7 @@ class Refe:
         self.layers, self.experts, self.top_k = layers, experts, top_k
         self.epoch = epoch
         self.config = config
-        self.counters = Counters()
+        self.counters = RefeCounters()
         self.progress: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
         """Counts layers and waits for experts: whoever probes this worker sees that it works."""
         self._on_table = on_table
@@ -108,15 +108,14 @@ class Refe:
 
     # ------------------------------------------------------------------ steps
 
-    def begin_step(self, tokens: int, *, continues: bool) -> None:
-        """Announce a forward pass over ``tokens`` rows; ``continues``: another step will follow at once."""
+    def begin_step(self, tokens: int) -> None:
+        """Announce a forward pass over ``tokens`` rows; ``end_step`` says that none follows."""
         self.take_posts()
         self.progress[0] += 1
         self._step += 1
         self._flags = DataFlag.NONE
         if tokens * self.top_k > self.config.decode_pairs_max:
             self._flags |= DataFlag.PREFILL
-        self._continues = continues
         self._in_step = True
         self._announce(DataKind.STEP_BEGIN)
 
@@ -383,13 +382,11 @@ class Refe:
     # ------------------------------------------------------------------ sending
 
     def _send_rows(self, layer: int, send: Send) -> bool:
-        flags = self._flags
+        flags = self._flags | DataFlag.CONTINUES
         if send.replay:
             flags |= DataFlag.PRIORITY
             if self._links.get(send.slot) is not None:
                 self._links.owes(send.slot)
-        if self._continues:
-            flags |= DataFlag.CONTINUES
         epoch, step = self._links.peers[send.slot].epoch, self._step
         frame = DataFrame(DataKind.ROWS, layer, self.epoch, epoch, send.pairs, step, flags, send.first)
         return self._send(send.slot, frame)

@@ -14,7 +14,6 @@ costs nothing until it is used.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 from typing import Final, Literal
@@ -24,6 +23,7 @@ import torch
 
 from tarragon.config import REGION_HIDDEN_MAX, REGION_PAIRS_MAX
 from tarragon.messages import ProtocolError
+from tarragon.transport.memory import create_sealed, sealed_size
 
 DType = Literal["bfloat16", "float16", "float32"]
 _ALIGNMENT_BYTES: Final = 64
@@ -34,7 +34,6 @@ _TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-_SIZE_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class RegionError(ProtocolError):
@@ -108,10 +107,8 @@ class Region:
     @staticmethod
     def create(shape: RegionShape) -> tuple[Region, int]:
         """A new zeroed region and the descriptor to pass on, which the caller closes. Raises OSError."""
-        fd = os.memfd_create("tarragon-region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = create_sealed("tarragon-region", shape.total_bytes)
         try:
-            os.ftruncate(fd, shape.total_bytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
             return Region(mmap.mmap(fd, shape.total_bytes), shape), fd
         except BaseException:
             os.close(fd)
@@ -124,14 +121,7 @@ class Region:
         Raises RegionError unless it is a writable memory file of exactly the size that ``shape``
         says and can neither shrink nor grow.
         """
-        try:
-            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-            size_bytes = os.fstat(fd).st_size
-        except OSError as error:
-            raise RegionError(f"the descriptor is not a memory file: {error}") from error
-        # Seals first, size second: once sealed, the size cannot change between check and use.
-        if seals & _SIZE_SEALS != _SIZE_SEALS:
-            raise RegionError("the memory is not sealed: the other side could shrink it under us")
+        size_bytes = sealed_size(fd, RegionError)
         if size_bytes != shape.total_bytes:
             raise RegionError(f"the memory has {size_bytes} bytes, its shape needs {shape.total_bytes}")
         try:
