@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test campaign lint format clean
+.PHONY: setup demo test campaign evaluation lint format clean
 
 # The native kernels know by themselves whether they fit this CPU and are up to date.
 setup: $(STAMP)
@@ -20,8 +20,9 @@ $(STAMP): requirements.lock requirements-engine.lock pyproject.toml
 demo: setup
 	$(BIN)/tarragon demo
 
+# Starting processes and waiting for deaths leaves cores idle: test files run side by side.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile
 
 # What `make test` runs a small part of, at full size; the results stay in build/campaign.
 KINDS := mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v2 deepseek_v3
@@ -35,6 +36,10 @@ campaign: setup
 	TARRAGON_CAMPAIGN_ROUNDS=100 $(BIN)/python -m pytest tests/cluster/test_campaign.py
 	$(BIN)/tarragon bench soak --json build/campaign/soak.json
 	$(BIN)/tarragon simulate --seeds 1000 --json build/campaign/simulate.json
+
+# The paper's figures, measured here: docs/evaluation.md, within 90 minutes; QUICK=--quick takes 10.
+evaluation: setup
+	$(BIN)/tarragon bench evaluation $(QUICK)
 
 lint: setup
 	$(BIN)/ruff check src tests

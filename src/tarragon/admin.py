@@ -1,10 +1,17 @@
-"""A client of the orchestrator's admin API on loopback: status, kill, drain, add."""
+"""A client of the orchestrator's admin API: status, kill, drain, add."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
+import ssl
+from collections.abc import Mapping
 from typing import Any
+
+from tarragon.config import Config
+from tarragon.security.keys import admin_keys
+from tarragon.security.tls import client_context
 
 
 class AdminError(ValueError):
@@ -14,14 +21,39 @@ class AdminError(ValueError):
 class AdminClient:
     """One request, one connection: the commands are rare and the server may go away between them."""
 
-    def __init__(self, host: str, port: int, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        timeout_s: float,
+        key: str = "",
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """``key`` is shown with every request, if there is one; ``tls`` makes it HTTPS."""
         self._host = host
         self._port = port
         self._timeout_s = timeout_s
+        self._key = key
+        self._tls = tls
+
+    @staticmethod
+    def of(config: Config, environ: Mapping[str, str] = os.environ) -> AdminClient:
+        """A client of the cluster that runs with these settings, which shows the first of its keys.
+
+        Raises KeyFileError or CertificateError.
+        """
+        return AdminClient(
+            reachable_host(config.admin_host),
+            config.admin_port,
+            timeout_s=config.connect_timeout_s,
+            key=next(iter(admin_keys(config, environ)), ""),
+            tls=client_context(config.admin_ssl_certfile),
+        )
 
     @property
     def url(self) -> str:
-        return f"http://{self._host}:{self._port}"
+        return base_url(self._host, self._port, self._tls is not None)
 
     def status(self) -> dict[str, Any]:
         """The contract of ``tarragon status --json``; raises AdminError."""
@@ -39,16 +71,32 @@ class AdminClient:
         """Start one more worker of ``role`` ("attention" or "expert"); raises AdminError."""
         return self.request("POST", "/add", {"role": role})
 
-    def checkpointing(self, mode: str) -> dict[str, Any]:
-        """Have the attention workers checkpoint in this way from now on; raises AdminError."""
-        return self.request("POST", "/checkpointing", {"mode": mode})
+    def checkpointing(self, mode: str, *, reprotect: bool = True) -> dict[str, Any]:
+        """Have the attention workers checkpoint in this way from now on; raises AdminError.
+
+        ``reprotect``: compute anew what ran without checkpoints before, so that it has one.
+        """
+        return self.request("POST", "/checkpointing", {"mode": mode, "reprotect": reprotect})
+
+    def protection(self, *, probing: bool, shadow_replicas: int) -> dict[str, Any]:
+        """Switch probing, and have so many shadows of every expert; raises AdminError."""
+        body = {"probing": probing, "shadow_replicas": shadow_replicas}
+        return self.request("POST", "/protection", body)
+
+    def inject(self, worker_id: str, failpoint: str, after: int = 1) -> dict[str, Any]:
+        """Have a worker die at a named place; raises AdminError."""
+        body = {"worker_id": worker_id, "failpoint": failpoint, "after": after}
+        return self.request("POST", "/fault_tolerance/inject", body)
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send one request and return the JSON object of a 2xx answer; raises AdminError."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+        connection = connect(self._host, self._port, self._timeout_s, self._tls)
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         try:
             data = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+            if data:
+                headers["Content-Type"] = "application/json"
+            connection.request(method, path, data, headers)
             response = connection.getresponse()
             text = response.read().decode("utf-8", "replace")
         except TimeoutError as error:
@@ -66,6 +114,25 @@ class AdminClient:
         if answer is None:
             raise AdminError(f"what answers at {self.url} is not a Tarragon cluster")
         return answer
+
+
+def reachable_host(host: str) -> str:
+    """Where a server that listens at ``host`` is reached from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+
+
+def base_url(host: str, port: int, is_tls: bool = False) -> str:
+    """The URL of what listens at ``host``, as seen from this machine."""
+    host = reachable_host(host)
+    scheme = "https" if is_tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def connect(host: str, port: int, timeout_s: float, tls: ssl.SSLContext | None) -> http.client.HTTPConnection:
+    """A connection for one request, not yet open."""
+    if tls is None:
+        return http.client.HTTPConnection(host, port, timeout=timeout_s)
+    return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=tls)
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

@@ -35,8 +35,15 @@ _PASS_ON: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
 _PASS_ALL_ON: Final = {**_PASS_ON, "help_option_names": []}
 """For commands whose flags, --help among them, belong to the module that they run."""
 _WorkerId = Annotated[str, typer.Argument(metavar="ID", help="Such as aw-0, ew-1 or gateway.")]
+_ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with a table named tarragon.")]
 _AdminHost = Annotated[str | None, typer.Option(help="Where the cluster's admin API listens.")]
 _AdminPort = Annotated[int | None, typer.Option(help="Port of the cluster's admin API.")]
+_AdminKeyFile = Annotated[
+    str | None, typer.Option(help="File with the admin API's key; TARRAGON_ADMIN_KEY may hold it too.")
+]
+_AdminCertificate = Annotated[
+    str | None, typer.Option("--admin-ssl-certfile", help="The admin API's certificate: asks over HTTPS.")
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,31 +89,82 @@ def serve(
     model: Annotated[
         str, typer.Argument(help="Folder of a checkpoint in Hugging Face form, or the word demo.")
     ],
-    config: Annotated[Path | None, typer.Option(help="TOML file with a table named tarragon.")] = None,
+    config: _ConfigFile = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Start nothing: print the placement and the memory of each worker."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
     *,
     settings: dict[str, Any],
 ) -> None:
     """Serve MODEL at an OpenAI-compatible API; any flag of `vllm serve` passes through to the engine."""
-    from tarragon.agent import environment
-
-    environment.prepare()
     started_s = time.monotonic()
     if model.startswith("-"):
         raise typer.BadParameter(
             f"MODEL must come before the flags that pass through, but {model} is in its place"
         )
+    if dry_run:
+        raise typer.Exit(_dry_run(config_module.load(config, flags=settings), model, as_json))
+    if as_json:
+        raise typer.BadParameter("--json goes with --dry-run only")
+    from tarragon.agent import environment
+
+    environment.prepare()
     merged = config_module.load(config, flags=settings)
     raise typer.Exit(_serve(merged, model, ctx.args, started_s))
+
+
+@app.command("config")
+@with_settings
+def show_config(
+    config: _ConfigFile = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the reference of all settings instead.")
+    ] = False,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Print the settings that hold as a TOML file, and where each came from; starts nothing."""
+    from tarragon import config_text
+
+    if markdown:
+        print(config_text.reference(), end="")
+    else:
+        print(config_text.as_toml(config_module.load_settings(config, flags=settings)))
+
+
+def _dry_run(config: Config, model: str, as_json: bool) -> int:
+    """Print what would be started; return 2, having said why, if it cannot run on this host."""
+    from rich.console import Console
+
+    from tarragon import planning_report
+    from tarragon.agent import preflight
+    from tarragon.models.shape import read_model
+
+    folder = _demo_folder() if model == _DEMO else Path(model)
+    plan = planning_report.plan(
+        config, read_model(folder), preflight.memory_available_bytes(), len(os.sched_getaffinity(0))
+    )
+    if as_json:
+        print(json.dumps(planning_report.as_json(plan)))
+    else:
+        planning_report.show(plan, Console())
+    if plan.refusal:
+        _complain(plan.refusal)
+    return USAGE_EXIT_CODE if plan.refusal else 0
 
 
 def _serve(config: Config, model: str, engine_args: list[str], started_s: float) -> int:
     """Check what can be checked before any process is started, then become the node agent."""
     from tarragon.agent import console, environment, preflight
     from tarragon.models.shape import read_model
+    from tarragon.security import exposure
 
     folder = _demo_folder() if model == _DEMO else Path(model)
     shape = read_model(folder)
     experts_bytes = shape.experts_total * shape.expert_bytes
+    exposure.check(config, engine_args)
     preflight.check_ports(config)
     preflight.check_memory(
         config, shape.weight_bytes - experts_bytes, experts_bytes, preflight.memory_available_bytes()
@@ -129,7 +187,6 @@ def _check_with_vllm(config: Config, folder: Path, engine_args: list[str]) -> No
     from tarragon.gateway import flags
 
     flags.split_flags(engine_args)
-    flags.check_exposure(config, engine_args)
     flags.check_model(folder)
 
 
@@ -149,13 +206,14 @@ def _demo_folder() -> Path:
 # ------------------------------------------------------------------ a running cluster
 
 
-def _admin(host: str | None, port: int | None) -> AdminClient:
-    from tarragon.agent.console import reachable_host
-
-    config = config_module.load(flags={"admin_host": host, "admin_port": port})
-    return AdminClient(
-        reachable_host(config.admin_host), config.admin_port, timeout_s=config.connect_timeout_s
-    )
+def _admin(host: str | None, port: int | None, key_file: str | None, ssl_certfile: str | None) -> AdminClient:
+    flags = {
+        "admin_host": host,
+        "admin_port": port,
+        "admin_key_file": key_file,
+        "admin_ssl_certfile": ssl_certfile,
+    }
+    return AdminClient.of(config_module.load(flags=flags))
 
 
 @app.command()
@@ -163,9 +221,11 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the machine-readable contract.")] = False,
     admin_host: _AdminHost = None,
     admin_port: _AdminPort = None,
+    admin_key_file: _AdminKeyFile = None,
+    admin_ssl_certfile: _AdminCertificate = None,
 ) -> None:
     """Show the workers of a running cluster and where its experts are."""
-    found = _admin(admin_host, admin_port).status()
+    found = _admin(admin_host, admin_port, admin_key_file, admin_ssl_certfile).status()
     if as_json:
         print(json.dumps(found))
         return
@@ -179,9 +239,14 @@ def status(
 
 
 @app.command()
-def top(admin_host: _AdminHost = None, admin_port: _AdminPort = None) -> None:
+def top(
+    admin_host: _AdminHost = None,
+    admin_port: _AdminPort = None,
+    admin_key_file: _AdminKeyFile = None,
+    admin_ssl_certfile: _AdminCertificate = None,
+) -> None:
     """Watch a running cluster in the terminal: workers, experts, failures; keys kill, drain, add."""
-    admin = _admin(admin_host, admin_port)
+    admin = _admin(admin_host, admin_port, admin_key_file, admin_ssl_certfile)
     admin.status()  # where nothing runs, one sentence is better than an empty screen
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise typer.BadParameter("top needs a terminal; `tarragon status` does not")
@@ -196,16 +261,24 @@ def kill(
     signal: Annotated[str, typer.Option(help="Name of the signal, such as SIGKILL or SIGSTOP.")] = "SIGKILL",
     admin_host: _AdminHost = None,
     admin_port: _AdminPort = None,
+    admin_key_file: _AdminKeyFile = None,
+    admin_ssl_certfile: _AdminCertificate = None,
 ) -> None:
     """Send a signal to one worker."""
-    _admin(admin_host, admin_port).kill(worker_id, signal)
+    _admin(admin_host, admin_port, admin_key_file, admin_ssl_certfile).kill(worker_id, signal)
     print(f"{worker_id}: {signal} sent")
 
 
 @app.command()
-def drain(worker_id: _WorkerId, admin_host: _AdminHost = None, admin_port: _AdminPort = None) -> None:
+def drain(
+    worker_id: _WorkerId,
+    admin_host: _AdminHost = None,
+    admin_port: _AdminPort = None,
+    admin_key_file: _AdminKeyFile = None,
+    admin_ssl_certfile: _AdminCertificate = None,
+) -> None:
     """Move one worker's work to the others, then stop it."""
-    _admin(admin_host, admin_port).drain(worker_id)
+    _admin(admin_host, admin_port, admin_key_file, admin_ssl_certfile).drain(worker_id)
     print(f"{worker_id}: draining")
 
 
@@ -214,11 +287,13 @@ def add(
     role: Annotated[str, typer.Argument(metavar="attention|expert")],
     admin_host: _AdminHost = None,
     admin_port: _AdminPort = None,
+    admin_key_file: _AdminKeyFile = None,
+    admin_ssl_certfile: _AdminCertificate = None,
 ) -> None:
     """Start one more attention or expert worker."""
     if role not in ("attention", "expert"):
         raise typer.BadParameter(f'a worker can be added as "attention" or "expert", but not as "{role}"')
-    answer = _admin(admin_host, admin_port).add(role)
+    answer = _admin(admin_host, admin_port, admin_key_file, admin_ssl_certfile).add(role)
     print(f"{answer.get('worker_id', role)}: starting")
 
 

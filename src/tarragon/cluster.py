@@ -23,7 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
-from tarragon.admin import AdminClient, AdminError
+from tarragon import config as config_module
+from tarragon.admin import AdminClient, AdminError, base_url
 from tarragon.agent.environment import STOP_WITH_PID
 
 _MARK: Final = "TARRAGON_CLUSTER_MARK"
@@ -71,7 +72,7 @@ class Cluster:
             _MARK: self._mark,
             STOP_WITH_PID: str(os.getpid()),
         }
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self._settings.items()]
+        flags = [_flag(name, value) for name, value in self._settings.items()]
         self._command = [sys.executable, "-m", "tarragon", "serve", str(model), *flags, *engine_args]
         self._ready_timeout_s = ready_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -85,15 +86,16 @@ class Cluster:
     @property
     def url(self) -> str:
         """Base of the OpenAI-compatible API, without ``/v1``."""
-        return f"http://127.0.0.1:{self._settings['port']}"
+        return base_url("127.0.0.1", self._settings["port"], bool(self._settings.get("ssl_certfile")))
 
     @property
     def admin_url(self) -> str:
-        return f"http://127.0.0.1:{self._settings['admin_port']}"
+        is_tls = bool(self._settings.get("admin_ssl_certfile"))
+        return base_url("127.0.0.1", self._settings["admin_port"], is_tls)
 
     @property
     def admin(self) -> AdminClient:
-        return AdminClient("127.0.0.1", int(self._settings["admin_port"]), timeout_s=10.0)
+        return AdminClient.of(config_module.load(None, self._environ, self._settings), self._environ)
 
     @property
     def agent_pid(self) -> int:
@@ -206,10 +208,12 @@ class Cluster:
         self.admin.kill(worker_id, signal)
 
     def drain(self, worker_id: str) -> None:
+        """Move one worker's work to the others, then stop it; returns at once. Raises AdminError."""
         self.admin.drain(worker_id)
 
-    def add(self, role: str) -> None:
-        self.admin.add(role)
+    def add(self, role: str) -> str:
+        """Start one more "attention" or "expert" worker; return its id. Raises AdminError."""
+        return str(self.admin.add(role)["worker_id"])
 
     def wait_for(self, what: str, timeout_s: float = 60.0) -> dict[str, Any]:
         """Wait until ``what`` ("full_capacity", "exact"...) is true in the status; return the status.
@@ -253,6 +257,14 @@ def free_ports(count: int) -> list[int]:
     finally:
         for sock in sockets:
             sock.close()
+
+
+def _flag(name: str, value: Any) -> str:
+    """The command-line flag that sets a setting."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}={value}"
 
 
 def _is_zombie(folder: Path) -> bool:

@@ -3,15 +3,19 @@
 One struct, three sources that set the same names: a TOML file (``[tarragon]``),
 environment variables (``TARRAGON_<NAME>`` in capitals) and command-line flags
 (``--name-with-dashes``); the later source wins.
+
+The docstrings of the fields are their only description: `tarragon serve --help`
+shows their first sentences, docs/configuration.md the whole of them.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -32,8 +36,14 @@ LINK_OFFER_TIMEOUT_S: Final = 10.0
 """Longest wait for the other side's word when a data link is set up."""
 GRAMMAR_POLL_MS: Final = 2
 """How often an idle attention worker looks whether the grammar of a moved request is compiled."""
+PROBES_OFF_S: Final = 86_400.0
+"""Silence before the first probe where probing is switched off: a day."""
 SEND_TIMEOUT_S: Final = 5.0
 """A peer that does not take one frame within this time counts as gone: it is stopped or hangs."""
+LOG_FORMATS: Final = ("text", "json")
+API_KEY_VARIABLE: Final = "TARRAGON_API_KEY"
+ADMIN_KEY_VARIABLE: Final = "TARRAGON_ADMIN_KEY"
+"""Environment variables with keys: no settings, so that no listing of settings shows them."""
 
 
 class ConfigError(ValueError):
@@ -45,7 +55,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     # --- shape of the cluster
     attention_workers: int = 2
+    """Attention workers to start; each answers requests with a copy of everything but the experts."""
     expert_workers: int = 2
+    """Expert workers to start; the experts are spread over them."""
     attention_threads: int = 0
     """Compute threads per attention worker; 0 shares the host's cores evenly."""
     expert_threads: int = 0
@@ -82,6 +94,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A waiting slice of a prefill lets at most this many decode batches pass."""
     decode_pairs_max: int = 512
     """A frame of more pairs than this counts as prefill: no decode batch waits for it."""
+    traffic_events_max: int = 0
+    """How many of its latest movements of rows and checkpoint segments an attention worker remembers and
+    reports every report_interval_ms (fig. 8); 0 records nothing."""
+    count_batch_sizes: bool = False
+    """Whether expert workers also count the rows that each expert gets at once, by layer (appendix B)."""
+
+    # --- baselines to compare with
+    static_routing: bool = False
+    """Whether every expert stays with the worker that had it first, as in systems without a routing table
+    (2.2): rows for a worker that is gone wait for its replacement, and no survivor loads its experts."""
+    batch_lock_step: bool = False
+    """Whether a batch waits, up to batch_join_wait_us_max, for every attention worker that is in a step and
+    not beyond the batch's layer (2.2.1), instead of only for those whose coming soon is foreseen."""
 
     # --- failure detection (section 5, appendix E)
     probe_silence_ms: float = 30.0
@@ -109,9 +134,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A worker that nobody suspects is dead after this long without an answer to the orchestrator's probes;
     a suspect is as soon as its peers would say so."""
 
+    failpoints: bool = False
+    """Whether workers may be told over the status API to die at a named place: for tests only."""
+
     # --- control plane
     handshake_timeout_s: float = 10.0
+    """How long a new connection may take to prove that it knows the cluster's secret."""
     connect_timeout_s: float = 10.0
+    """How long a connection to another process of the cluster may take to come about."""
     worker_ready_timeout_s: float = 600.0
     """A worker that is not ready this long after its fork is given up."""
     attention_unavailable_timeout_s: float = 60.0
@@ -125,6 +155,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     shutdown_grace_s: float = 5.0
     """Between SIGTERM and SIGKILL of a worker that is told to stop."""
     max_failovers_per_request: int = 3
+    """A request under which more attention workers than this are lost, without a token in between, is given
+    up: it may be the cause."""
 
     # --- orchestrator: provisioning, restarts, status (5.4)
     workers_per_role_max: int = 64
@@ -138,6 +170,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     restart_backoff_s: float = 0.5
     """Pause before the second restart in a row; it doubles with every further one. The first is immediate."""
     restart_backoff_s_max: float = 30.0
+    """Longest pause before a restart."""
     adoption_window_s: float = 2.0
     """So long a restarted orchestrator waits for the workers of its predecessor to dial again."""
     drain_timeout_s: float = 60.0
@@ -163,6 +196,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     orchestrator_restarts_max: int = 5
     """Restarts of the orchestrator within orchestrator_restart_window_s before `serve` gives up."""
     orchestrator_restart_window_s: float = 60.0
+    """The time in which restarts of the orchestrator are counted."""
     orchestrator_silence_s: float = 5.0
     """An orchestrator that sends the node agent no sign of life for this long hangs, and is replaced."""
     replacement_nice: int = 10
@@ -172,10 +206,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Private memory of one worker besides weights and KV cache, for the check before the start."""
     log_line_bytes_max: int = 8_192
     """Longer lines of a worker's output are cut in pieces."""
+    log_format: str = "text"
+    """How lines are written to stderr: "text" for people, "json" for programs. Either has the time (UTC), the
+    level, the worker, its epoch and, where a line is about one request, that request's id."""
+
+    # --- traces
+    otlp_traces_endpoint: str = ""
+    """Where spans are sent (OTLP), such as "http://localhost:4317"; "" means that nothing is traced. gRPC is
+    spoken, or HTTP where the environment says OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf."""
 
     # --- bounds of frames and queues
     control_frame_bytes_max: int = 16 << 20
+    """Longest message between the orchestrator and a worker."""
     engine_frame_bytes_max: int = 64 << 20
+    """Longest message between the gateway and an attention worker: a prompt, or the tokens of one step."""
     request_queue_max: int = 1_024
     """Requests that the gateway holds while no attention worker is ready."""
     texts_per_request_max: int = 128
@@ -184,17 +228,58 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Requests in progress at the gateway, each of ``n`` texts counted; more get a 503."""
     http_body_bytes_max: int = 16 << 20
     """Largest body of one HTTP request."""
+    prompts_per_request_max: int = 1_024
+    """Most prompts or conversations in one request."""
+    stop_strings_max: int = 64
+    """Most stop strings (and as many bad words) of one request."""
+    stop_string_chars_max: int = 1_024
+    """Longest stop string or bad word, in characters."""
+    token_lists_max: int = 4_096
+    """Most entries of a request's lists of token ids and of its logit_bias."""
+    grammar_bytes_max: int = 64 << 10
+    """Longest schema, regular expression, grammar or list of choices of one request, in bytes of JSON."""
+    tools_bytes_max: int = 512 << 10
+    """Longest list of tools of one request, in bytes of JSON."""
+    grammar_compile_cpu_s_max: int = 10
+    """Computing time that a grammar may take to compile. One that takes longer is refused (400)."""
+    grammar_compile_timeout_s: float = 60.0
+    """How long a request waits until its grammar was tried, on a busy host and behind others, before it
+    fails (503)."""
+    grammar_memory_bytes_max: int = 2 << 30
+    """Memory that a grammar may take to compile. One that takes more is refused (400)."""
 
     # --- the demonstration model
     demo_download_timeout_s: float = 600.0
+    """How long the download of the source model may take."""
     demo_build_wait_timeout_s: float = 600.0
     """How long a second process waits for one that is already building the same model."""
 
     # --- addresses
     host: str = "127.0.0.1"
+    """Where the OpenAI-compatible API listens; any but a loopback address needs an API key."""
     port: int = 8000
+    """TCP port of the OpenAI-compatible API."""
     admin_host: str = "127.0.0.1"
+    """Where the admin API and the dashboard listen; any but a loopback address needs an admin key."""
     admin_port: int = 8001
+    """TCP port of the admin API and the dashboard."""
+
+    # --- keys and certificates
+    api_key_file: str = ""
+    """File with the keys of the OpenAI-compatible API, one a line. The environment variable TARRAGON_API_KEY
+    may hold keys too. Without any, whoever reaches the address may ask."""
+    admin_key_file: str = ""
+    """File with the keys of the admin API, one a line. The environment variable TARRAGON_ADMIN_KEY may hold
+    keys too. Commands such as `tarragon kill` show the first one that they find there."""
+    ssl_certfile: str = ""
+    """PEM file with the certificate (chain) of the OpenAI-compatible API. With it, the API speaks HTTPS."""
+    ssl_keyfile: str = ""
+    """PEM file with the certificate's private key, without a password."""
+    admin_ssl_certfile: str = ""
+    """PEM file with the certificate of the admin API. With it, the admin API speaks HTTPS, and commands such
+    as `tarragon status` accept this certificate and no other."""
+    admin_ssl_keyfile: str = ""
+    """PEM file with the private key of the admin API's certificate, without a password."""
 
     def checked(self) -> Config:
         """Return self, or raise ConfigError naming the first setting out of range."""
@@ -213,9 +298,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "events_max",
             "history_interval_ms",
             "history_samples_max",
+            "grammar_compile_cpu_s_max",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(
+                f"log_format must be one of {', '.join(LOG_FORMATS)}, but is {self.log_format!r}"
+            )
         try:
             parse_mode(self.checkpoint_mode)
         except ValueError as error:
@@ -243,6 +333,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.expert_threads or max(1, cores // self.expert_workers)
 
 
+class Settings(NamedTuple):
+    """A configuration, and where each of its values came from."""
+
+    config: Config
+    sources: dict[str, str]
+    """By name of the setting: "default", the file, "TARRAGON_<NAME>" or "--name-with-dashes"."""
+
+
 def load(
     file: Path | None = None,
     environ: Mapping[str, str] | None = None,
@@ -250,23 +348,90 @@ def load(
 ) -> Config:
     """Merge defaults, file, environment and flags (those that are not None), the later winning.
 
-    Raises ConfigError for an unknown name, a wrong type or an unreadable file.
+    Raises ConfigError for an unknown name, a wrong type, a value out of range or an unreadable file.
     """
+    return load_settings(file, environ, flags).config
+
+
+def load_settings(
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """As ``load``, with the source of each value. Raises as ``load`` does."""
+    types = {field.name: field.type for field in msgspec.structs.fields(Config)}
     values: dict[str, Any] = {}
-    if file is not None:
+    sources = dict.fromkeys(types, "default")
+
+    def take(name: str, value: Any, source: str, where: str) -> None:
         try:
-            document = tomllib.loads(file.read_text())
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the configuration file {file}: {error}") from error
-        values.update(document.get("tarragon", {}))
-    environ = os.environ if environ is None else environ
-    for name in Config.__struct_fields__:
-        text = environ.get(f"TARRAGON_{name.upper()}")
-        if text is not None:
-            values[name] = text
-    values.update({name: value for name, value in (flags or {}).items() if value is not None})
+            # strict=False turns the environment's strings into numbers.
+            values[name] = msgspec.convert(value, types[name], strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"bad configuration: {where}: {error}") from error
+        sources[name] = source
+
+    for name, value in ({} if file is None else _read(file)).items():
+        if name not in types:
+            raise ConfigError(f"{file}: {name} is not a setting{_nearest(name, types)}")
+        take(name, value, str(file), f"{name} in {file}")
+    for variable, text in _of_environment(os.environ if environ is None else environ, types).items():
+        take(variable.removeprefix(_PREFIX).lower(), text, variable, variable)
+    for name, value in (flags or {}).items():
+        flag = flag_of(name)
+        if name not in types:
+            raise ConfigError(f"{flag} is not a setting{_nearest(flag, map(flag_of, types))}")
+        if value is not None:
+            take(name, value, flag, flag)
+    return Settings(Config(**values).checked(), sources)
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+_PREFIX: Final = "TARRAGON_"
+_TYPO_RATIO: Final = 0.85
+"""So alike to a setting's is the name of a variable that is taken for a misspelt one. Others may exist: some
+hosts set variables for every service by its name."""
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The table named tarragon of a TOML file; raises ConfigError."""
     try:
-        # strict=False turns the environment's strings into numbers.
-        return msgspec.convert(values, Config, strict=False).checked()
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"bad configuration: {error}") from error
+        document = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration file {file}: {error}") from error
+    for name in document:
+        if name != "tarragon":
+            raise ConfigError(f"{file}: settings belong in a table named tarragon, but there is {name!r}")
+    table = document.get("tarragon", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{file}: tarragon must be a table, [tarragon]")
+    return table
+
+
+def _of_environment(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The variables that set something; raises ConfigError for one that seems to be misspelt."""
+    known = [name.upper() for name in names]
+    for variable in environ:
+        name = variable.removeprefix(_PREFIX)
+        if not variable.startswith(_PREFIX) or variable in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE):
+            continue
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=_TYPO_RATIO)
+            if close:
+                raise ConfigError(f"{variable} is not a setting; the nearest is {_PREFIX}{close[0]}")
+    return {_PREFIX + name: environ[_PREFIX + name] for name in known if _PREFIX + name in environ}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    by_words = {_words(known_name): known_name for known_name in known}
+    close = difflib.get_close_matches(_words(name), by_words, n=1)
+    return f"; the nearest is {by_words[close[0]]}" if close else ""
+
+
+def _words(name: str) -> str:
+    """A name without the marks that differ between a flag and a key of a file."""
+    return name.lstrip("-").replace("-", "_").lower()

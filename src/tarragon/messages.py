@@ -189,6 +189,8 @@ class Report(Message, frozen=True):
     counters: dict[str, float]
     expert_pairs: list[list[int]] = []
     """Expert workers: pairs computed per [layer][expert]."""
+    traffic: list[list[float]] = []
+    """Attention workers that record it: the latest movements, each as refe/traffic.py has it."""
 
 
 # whoever watches -> attention or expert worker: the first frame of a connection of its own (4.1, appendix E)
@@ -242,6 +244,22 @@ class Checkpointing(Message, frozen=True):
     """For attention workers: how they checkpoint from now on; see ``checkpoint.mode``."""
 
     mode: str
+    reprotect: bool = True
+    """Compute anew what ran without checkpoints before, so that it has one."""
+
+
+class Probing(Message, frozen=True):
+    """For attention workers and the gateway: whether silent peers are probed from now on (section 5)."""
+
+    enabled: bool
+
+
+class Failpoint(Message, frozen=True):
+    """For attention and expert workers: die by SIGKILL at the named place; see ``failpoints``."""
+
+    name: str
+    after: int = 1
+    """The how manieth time that the place is reached from now on."""
 
 
 class Stop(Message, frozen=True):
@@ -301,6 +319,8 @@ Control = (
     | Assign
     | Drain
     | Checkpointing
+    | Probing
+    | Failpoint
     | Stop
     | Refused
     | StartWorker

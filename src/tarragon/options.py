@@ -7,19 +7,33 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 import typer
 
 from tarragon import config as config_module
-from tarragon.config import Config
+from tarragon.config import Config, flag_of
 
-_GROUP = re.compile(r"^    # --- (.+)$")
+_GROUP: Final = re.compile(r"^    # --- (.+)$")
+_SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"])")
+_UNITS: Final = {"bytes": "bytes", "s": "seconds", "ms": "milliseconds", "us": "microseconds"}
 
 
-def settings_help(source: str) -> dict[str, tuple[str, str]]:
-    """Map each field of class Config in ``source`` to its group (the ``# ---`` comment) and docstring."""
+class Description(NamedTuple):
+    """What config.py says about a setting: the ``# ---`` comment above it and its docstring."""
+
+    group: str
+    text: str
+
+    @property
+    def line(self) -> str:
+        """The first sentence."""
+        return _SENTENCE_END.split(self.text, maxsplit=1)[0]
+
+
+def settings_help(source: str) -> dict[str, Description]:
+    """Map each field of class Config in ``source`` to its description, in the order of the file."""
     groups = {
         number: match[1]
         for number, line in enumerate(source.splitlines(), 1)
@@ -38,8 +52,25 @@ def settings_help(source: str) -> dict[str, tuple[str, str]]:
         text = ""
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             text = " ".join(str(following.value.value).split())
-        found[node.target.id] = (groups[max(above)] if above else "settings", text)
+        found[node.target.id] = Description(groups[max(above)] if above else "settings", text)
     return found
+
+
+def descriptions() -> dict[str, Description]:
+    """The description of every setting."""
+    return settings_help(Path(config_module.__file__).read_text(encoding="utf-8"))
+
+
+def unit(field: msgspec.structs.FieldInfo) -> str:
+    """What a value of a setting is counted in, by its name: "seconds", "bytes"; else its type in a word."""
+    words = field.name.removesuffix("_max").removesuffix("_min").split("_")
+    if field.type in (int, float):
+        return _UNITS.get(words[-1], "number")
+    return {bool: "yes or no", str: "text"}.get(field.type, "text")
+
+
+def group_title(group: str) -> str:
+    return group[:1].upper() + group[1:]
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -52,8 +83,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         for param in inspect.signature(command, eval_str=True).parameters.values()
         if param.name != "settings"
     ]
-    texts = settings_help(Path(config_module.__file__).read_text(encoding="utf-8"))
-    added = [_parameter(field, *texts[field.name]) for field in msgspec.structs.fields(Config)]
+    texts = descriptions()
+    added = [_parameter(field, texts[field.name]) for field in msgspec.structs.fields(Config)]
 
     def run(**values: Any) -> None:
         names = [param.name for param in own]
@@ -67,13 +98,15 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _parameter(field: msgspec.structs.FieldInfo, group: str, text: str) -> inspect.Parameter:
+def _parameter(field: msgspec.structs.FieldInfo, description: Description) -> inspect.Parameter:
     kind = field.type if field.type in (int, float, str, bool) else str
+    flag = flag_of(field.name)
     option = typer.Option(
-        "--" + field.name.replace("_", "-"),
-        help=text,
-        show_default=str(field.default),
-        rich_help_panel=group[:1].upper() + group[1:],
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        help=description.line,
+        metavar=None if kind is bool else unit(field).upper(),
+        show_default=str(field.default) or "none",
+        rich_help_panel=group_title(description.group),
     )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

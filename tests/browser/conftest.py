@@ -19,8 +19,9 @@ from tarragon.testing.browser import ABSENT, find_chromium, launch_options
 WAIT_MS = 15_000
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Until the module ends: its driver keeps an event loop running, which other tests have of their own."""
     expect.set_options(timeout=WAIT_MS)
     with sync_playwright() as playwright:
         path = find_chromium(playwright)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -39,6 +40,11 @@ def test_a_worker_killed_in_the_page_dies_and_returns(page: Page, cluster: Clust
     assert differing(disturbed, undisturbed) == [], "the streams did not notice"
 
 
+def deaths(cluster: Cluster) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = cluster.admin.request("GET", "/events")["events"]
+    return [event for event in events if event["kind"] == "dead"]
+
+
 def _kill_while(
     answers: Callable[[], Future[list[Answer]]], page: Page, cluster: Cluster
 ) -> Future[list[Answer]]:
@@ -55,6 +61,7 @@ def _kill_while(
     page.locator("#ask-yes").click()
     expect(victim).to_contain_text(re.compile(r"died at [\d:]+: .*SIGKILL"))
     expect(page.locator("#event-rows")).to_contain_text(re.compile("ew-0dead"))
+    assert [event["worker_id"] for event in deaths(cluster)] == ["ew-0"], deaths(cluster)
     expect(page.locator("#throughput .mark[data-kind=dead]")).to_have_count(1)
 
     expect(victim).to_have_attribute("data-state", "healthy", timeout=BACK_MS)

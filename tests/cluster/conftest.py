@@ -25,6 +25,8 @@ from tests.workload import SMALL_LAYERS
 from tarragon.cluster import Cluster, ClusterError
 from tarragon.models.demo import ensure_demo_model
 
+LOG_CHARACTERS = 20_000
+"""Of the end of a cluster's log, for a test that failed."""
 RUNNING_MAX = 2
 """Clusters alive at once; the one used longest ago ends first. An idle one costs memory only."""
 KV_CACHE_BYTES = 256 << 20
@@ -76,12 +78,29 @@ class Clusters:
             if (roles["attention"], roles["expert"]) != key[:2]:
                 self._end(key)
 
+    def lent_logs(self) -> list[tuple[str, str]]:
+        """Shape and log of each cluster that the running test has."""
+        return [
+            (str(key), self._running[key].logs()[-LOG_CHARACTERS:])
+            for key in set(self._lent) & set(self._running)
+        ]
+
     def end_all(self) -> None:
         for key in list(self._running):
             self._end(key)
 
     def _end(self, key: Any) -> None:
         self._running.pop(key).stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+    """A test that fails shows what its clusters had to say."""
+    report = yield
+    pool = getattr(item, "funcargs", {}).get("clusters")
+    if report.failed and isinstance(pool, Clusters):
+        report.sections += [(f"log of cluster {name}", log) for name, log in pool.lent_logs()]
+    return report
 
 
 @pytest.fixture(scope="session")

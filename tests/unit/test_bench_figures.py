@@ -6,7 +6,7 @@ import pytest
 
 from tarragon.bench import fidelity, interference, profile, sametext
 from tarragon.bench.fidelity import OURS, OURS_ALONE, REFERENCE, Text
-from tarragon.bench.load import Stream
+from tarragon.bench.timeline import Trace
 
 
 def _text(
@@ -61,7 +61,7 @@ def test_what_a_server_says_of_a_prompt() -> None:
 
 
 def test_gaps_count_where_they_overlap_a_prompt() -> None:
-    stream = Stream(0.0, token_times_s=[0.0, 1.0, 2.0, 5.0, 6.0])
+    stream = Trace(0, 0.0, times_s=[0.0, 1.0, 2.0, 5.0, 6.0])
     found = interference.gaps_in(stream, [interference.Span(2.5, 4.0)])
     assert found == [3.0]
     assert interference.gap_figures(found)["max_ms"] == pytest.approx(3_000.0)

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tarragon.bench import load as asking
 from tarragon.bench import poisson, timeline
-from tarragon.bench.poisson import LoadError, PoissonLoad, Workload
+from tarragon.bench.load import LoadError
+from tarragon.bench.poisson import PoissonLoad
+from tarragon.bench.workloads import Workload
 
 WORKLOAD = Workload(seed=1, vocabulary=1_000, output_tokens=6)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -112,7 +115,7 @@ def test_arrivals_are_those_of_a_poisson_process() -> None:
 def test_a_lost_stream_stays_lost_without_replay() -> None:
     async def run() -> list[str]:
         async with serving(answering(break_at=lambda: 3)) as url:
-            found = await poisson.closed_loop(WORKLOAD, url, "m", range(3), 2)
+            found = await asking.closed_loop(WORKLOAD, url, "m", range(3), 2)
             return [trace.error for trace in found]
 
     assert all(asyncio.run(run()))
@@ -165,7 +168,7 @@ def test_an_error_in_the_stream_is_an_error_of_the_request() -> None:
 
     async def run() -> float:
         async with serving(refuse) as url:
-            return await poisson.capacity_tokens_per_s(WORKLOAD, url, "m", range(2), 2)
+            return await asking.capacity_tokens_per_s(WORKLOAD, url, "m", range(2), 2)
 
     with pytest.raises(LoadError, match="HTTP 503: no expert"):
         asyncio.run(run())

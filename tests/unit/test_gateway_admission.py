@@ -12,6 +12,7 @@ import pytest
 from pydantic import AliasChoices, BaseModel, Field
 
 from tarragon.gateway.admission import Admission, known_parameters, model_names
+from tarragon.gateway.limits import Limits
 
 
 class Workers:
@@ -36,11 +37,33 @@ class Server:
 def admission(server: Server, workers: Workers, **changes: Any) -> Admission:
     settings: dict[str, Any] = {
         "parameters": {
-            "/v1/completions": frozenset({"prompt", "n", "temperature"}),
+            "/v1/completions": frozenset(
+                [
+                    "prompt",
+                    "messages",
+                    "n",
+                    "temperature",
+                    "stop",
+                    "bad_words",
+                    "logit_bias",
+                    "stop_token_ids",
+                    "response_format",
+                    "structured_outputs",
+                    "tools",
+                ]
+            ),
             "/tokenize": frozenset({"prompt"}),
         },
         "body_bytes_max": 1000,
-        "texts_max": 8,
+        "limits": Limits(
+            texts=8,
+            prompts=4,
+            stop_strings=3,
+            stop_string_chars=10,
+            token_lists=5,
+            grammar_bytes=60,
+            tools_bytes=80,
+        ),
         "waiting_max": 1,
         "wait_s": 0.2,
     }
@@ -86,6 +109,17 @@ def test_a_good_request_reaches_the_server_unchanged() -> None:
         (b'{"' + b"z" * 500 + b'": 1}', "z" * 100, "unknown parameter"),
         (b'{"prompt": "x", "n": 9}', "n", "n must be at most 8, but is 9"),
         (b'{"prompt": ' + b"[" * 3000, None, "nested too deeply"),
+        (b'{"prompt": ["a", "b", "c", "d", "e"]}', "prompt", "prompt must be at most 4, but are 5"),
+        (b'{"prompt": [[1], [2], [3], [4], [5]]}', "prompt", "but are 5"),
+        (b'{"messages": [[], [], [], [], []]}', "messages", "but are 5"),
+        (b'{"stop": ["a", "b", "c", "d"]}', "stop", "at most 3 entries, but has 4"),
+        (b'{"stop": "0123456789a"}', "stop", "at most 10 characters, but has 11"),
+        (b'{"bad_words": ["0123456789a"]}', "bad_words", "at most 10 characters"),
+        (b'{"stop_token_ids": [1, 2, 3, 4, 5, 6]}', "stop_token_ids", "at most 5 entries, but has 6"),
+        (b'{"logit_bias": {"1":1,"2":1,"3":1,"4":1,"5":1,"6":1}}', "logit_bias", "at most 5 entries"),
+        (b'{"response_format": {"a": "' + b"x" * 60 + b'"}}', "response_format", "60 bytes of JSON, but has"),
+        (b'{"structured_outputs": {"regex": "' + b"x" * 60 + b'"}}', "structured_outputs", "60 bytes"),
+        (b'{"tools": ["' + b"x" * 90 + b'"]}', "tools", "80 bytes of JSON"),
     ],
 )
 def test_parameters_that_mean_nothing_are_refused(body: bytes, parameter: str | None, message: str) -> None:
@@ -99,7 +133,19 @@ def test_parameters_that_mean_nothing_are_refused(body: bytes, parameter: str | 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"n": "many"}', b'"x"'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"n": "many"}',
+        b'"x"',
+        b'{"stop": 5, "bad_words": [7], "logit_bias": [], "prompt": {"a": 1}, "messages": null}',
+        b'{"prompt": [1, 2, 3, 4, 5, 6, 7], "messages": [{}, {}, {}, {}, {}], "stop": ["a", "b"]}',
+    ],
+)
 def test_malformed_bodies_are_left_to_the_server(body: bytes) -> None:
     async def run() -> None:
         server = Server()

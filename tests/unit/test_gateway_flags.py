@@ -194,15 +194,3 @@ def test_plain_models_pass_and_missing_ones_do_not(tmp_path: Path) -> None:
         flags.check_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mixtral", "quantization_config": null}')
     flags.check_model(tmp_path)
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
-def test_other_addresses_than_loopback_need_a_key(host: str) -> None:
-    with pytest.raises(FlagError, match="refused without --api-key"):
-        flags.check_exposure(Config(host=host), [])
-    flags.check_exposure(Config(host=host), ["--api-key", "k"])
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
-def test_loopback_needs_none(host: str) -> None:
-    flags.check_exposure(Config(host=host), [])

@@ -17,13 +17,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Final
 
 from tarragon.agent import preload, process
 from tarragon.agent.children import CONSOLE, ORCHESTRATOR, STORE, Child, Children
 from tarragon.agent.link import OrchestratorLink, RestartBudget
-from tarragon.agent.log import LogPipe, LogWriter
+from tarragon.agent.log import LogPipe, LogWriter, collected
 from tarragon.agent.preload import PRELOAD_MODULES, WORKER_MODULES
 from tarragon.agent.signals import STOP_SIGNALS, Interrupted, SignalInbox
 from tarragon.agent.vault import Vault
@@ -85,7 +85,7 @@ class NodeAgent:
         self._exit_code = 0
         self._failure = ""
 
-        self._writer = LogWriter(2)
+        self._writer = LogWriter(2, config.log_format)
         self._selector = selectors.DefaultSelector()
         self._signals = SignalInbox()
         self._selector.register(self._signals, selectors.EVENT_READ, self._on_signals)
@@ -195,7 +195,7 @@ class NodeAgent:
         """Import what workers need, once, before the first of them is forked."""
         self._is_preloaded = True
         try:
-            with self._signals.raising():
+            with self._own_words(), self._signals.raising():
                 preload.import_all(self._preload_names)
                 if self._check is not None:
                     self._check()
@@ -207,6 +207,12 @@ class NodeAgent:
             self._fail(" ".join(str(error).split()), code=USAGE_EXIT_CODE)
         if (threads := preload.settle()) > 1:
             self._log(f"{threads} threads run after the imports: a worker may hang in what those held")
+
+    def _own_words(self) -> AbstractContextManager[None]:
+        """Programs that read the log want no line of another form; people want what is said at once."""
+        if self._config.log_format == "text":
+            return nullcontext()
+        return collected(lambda lines: self._writer.write("agent", lines), self._config.log_line_bytes_max)
 
     def _on_start_worker(self, order: StartWorker) -> None:
         if self._is_stopping:
@@ -291,7 +297,7 @@ class NodeAgent:
     def _on_log(self, child: Child) -> None:
         if child.log is None or not child.log.is_open:
             return
-        self._writer.write(child.name, child.log.read())
+        self._writer.write(child.name, child.log.read(), child.epoch)
         if not child.log.is_open:
             self._selector.unregister(child.log)
 
@@ -367,7 +373,7 @@ class NodeAgent:
             return ""
         if child.log.is_open:
             self._selector.unregister(child.log)
-            self._writer.write(child.name, child.log.drain())
+            self._writer.write(child.name, child.log.drain(), child.epoch)
         child.log.close()
         return child.log.last_error
 

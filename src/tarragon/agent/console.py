@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import http.client
 import signal
+import ssl
+import sys
 import time
 from typing import Any, Final, NoReturn
 
-from tarragon.admin import AdminClient, AdminError
+from tarragon.admin import AdminClient, AdminError, base_url, connect, reachable_host
+from tarragon.agent.log import FORMATS, record
 from tarragon.config import Config
+from tarragon.security.tls import client_context
 
 _POLL_S: Final = 0.1
-
-
-def reachable_host(host: str) -> str:
-    """Where a server that listens at ``host`` is reached from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-
-
-def base_url(host: str, port: int) -> str:
-    host = reachable_host(host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def ready_line(config: Config, status: dict[str, Any], seconds: float) -> str:
     """The one line on stdout that says where the API is and what stands behind it."""
     attention, expert = _healthy(status, "attention"), _healthy(status, "expert")
-    url = base_url(config.host, config.port)
+    url = base_url(config.host, config.port, bool(config.ssl_certfile))
     return f"ready: {url}/v1 ({attention} attention + {expert} expert workers, {seconds:.1f} s)"
 
 
@@ -65,12 +59,14 @@ def _healthy(status: dict[str, Any], role: str) -> int:
 
 def is_healthy(config: Config) -> bool:
     """Whether GET /health of the gateway is 200."""
-    connection = http.client.HTTPConnection(
-        reachable_host(config.host), config.port, timeout=config.connect_timeout_s
-    )
+    tls = client_context(config.ssl_certfile)
+    connection = connect(reachable_host(config.host), config.port, config.connect_timeout_s, tls)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
+    except ssl.SSLError as error:
+        # It serves, but only those who show a certificate of their own (--ssl-cert-reqs).
+        return "CERTIFICATE_REQUIRED" in (error.reason or "")
     except (OSError, http.client.HTTPException):
         return False
     finally:
@@ -85,9 +81,7 @@ def watch(config: Config, started_s: float) -> None:
     from rich.console import Console
 
     signal.signal(signal.SIGTERM, _leave)  # so that the terminal's cursor comes back
-    admin = AdminClient(
-        reachable_host(config.admin_host), config.admin_port, timeout_s=config.connect_timeout_s
-    )
+    admin = AdminClient.of(config)
     console = Console(stderr=True)
     shown = ""
     with console.status("starting") as spinner:
@@ -100,7 +94,8 @@ def watch(config: Config, started_s: float) -> None:
                 shown = text
                 spinner.update(text)
                 if not console.is_terminal:
-                    console.print(f"{text} ({time.monotonic() - started_s:.1f} s)", highlight=False)
+                    said = record(f"{text} ({time.monotonic() - started_s:.1f} s)", "console", 0, time.time())
+                    print(FORMATS[config.log_format](said), file=sys.stderr, flush=True)
             time.sleep(_POLL_S)
     print(ready_line(config, status, time.monotonic() - started_s), flush=True)
 

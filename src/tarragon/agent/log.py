@@ -1,12 +1,21 @@
-"""Workers' output: bytes of a pipe become lines that carry the worker's id, and the last error is kept."""
+"""Workers' output: bytes of a pipe become lines that say when, how grave and whose they are.
+
+A worker writes plain lines, whoever in it does: our own words, vLLM's logger, a traceback, the C library.
+The level and the request are read out of the line; the time, the worker and its epoch are added here. So no
+worker has to be whole to have its last words told in full.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
-from contextlib import suppress
-from typing import Final
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Final, NamedTuple
 
 _READ_BYTES: Final = 64 << 10
 _WRITE_BYTES: Final = select.PIPE_BUF
@@ -21,6 +30,63 @@ def looks_like_error(line: str) -> bool:
     """Whether a line of a log names an error: the last line of a traceback, or one of level ERROR."""
     head = line.split(" ", 1)[0]
     return bool(_CAUSES.search(line)) or (not line.startswith(" ") and bool(_ERROR_NAME.search(head)))
+
+
+_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_LEVEL = re.compile(
+    # vLLM's loggers name the process, the level and the time; our own words at most the level.
+    rf"^(?:\([^)]* pid=\d+\) )?({'|'.join(_LEVELS)}):? +(?:\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? )?"
+)
+_REQUEST = re.compile(r"\brequest ((?:chatcmpl|cmpl|resp|msg|generate-tokens)-[\w.-]*\w)", re.IGNORECASE)
+
+
+class Record(NamedTuple):
+    """One line of a log with all that is known of it."""
+
+    time_s: float
+    """Seconds since 1970."""
+    level: str
+    """"debug", "info", "warning" or "error"."""
+    worker: str
+    epoch: int
+    text: str
+    request: str = ""
+    """Id of the request that the line is about; "" if it is about none or several."""
+
+
+def record(line: str, worker: str, epoch: int, time_s: float) -> Record:
+    """Read a worker's line."""
+    bare = _COLOURS.sub("", line)
+    named = _LEVEL.match(bare)
+    if named:
+        level, text = named[1].lower().replace("critical", "error"), bare[named.end() :]
+    else:
+        level, text = "error" if looks_like_error(bare) else "info", bare
+    about = _REQUEST.search(text)
+    return Record(time_s, level, worker, epoch, text, about[1] if about else "")
+
+
+def as_text(found: Record) -> str:
+    """A line for people."""
+    request = f" {found.request}:" if found.request and found.request not in found.text else ""
+    return f"{_clock(found)} {found.level.upper():<7} {found.epoch} [{found.worker}]{request} {found.text}"
+
+
+def as_json(found: Record) -> str:
+    """A line for programs; ``request`` is there only if the line is about one."""
+    fields = {"time": _clock(found), **found._asdict()}
+    del fields["time_s"]
+    if not found.request:
+        del fields["request"]
+    return json.dumps(fields)
+
+
+FORMATS: Final[dict[str, Callable[[Record], str]]] = {"text": as_text, "json": as_json}
+
+
+def _clock(found: Record) -> str:
+    moment = datetime.fromtimestamp(found.time_s, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Lines:
@@ -102,18 +168,28 @@ class LogPipe:
 class LogWriter:
     """Writes lines to a descriptor and never waits for its reader: what does not fit is dropped."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, log_format: str = "text", clock: Callable[[], float] = time.time) -> None:
+        """``log_format`` is one of FORMATS."""
         self._fd = fd
+        self._format = FORMATS[log_format]
+        self._clock = clock
+        self._is_cut = False
         self.dropped = 0
 
-    def write(self, source: str, lines: list[str]) -> None:
-        """Write each line with ``[source]`` before it."""
+    def write(self, source: str, lines: list[str], epoch: int = 0) -> None:
+        """Write lines of a worker's, each with the time, its level, the worker and its epoch."""
         for line in lines:
-            raw = f"[{source}] {line}\n".encode("utf-8", "backslashreplace")
+            text = self._format(record(line, source, epoch, self._clock()))
+            raw = f"{text}\n".encode("utf-8", "backslashreplace")
+            if self._is_cut:  # the reader was slow in the middle of a line: this one is its own
+                raw = b"\n" + raw
             for start in range(0, len(raw), _WRITE_BYTES):
                 if not self._put(raw[start : start + _WRITE_BYTES]):
                     self.dropped += 1
+                    self._is_cut = self._is_cut or start > 0
                     break
+            else:
+                self._is_cut = False
 
     def _put(self, piece: bytes) -> bool:
         with suppress(OSError):  # a reader that has gone away is no reason to end
@@ -121,6 +197,23 @@ class LogWriter:
                 os.write(self._fd, piece)
                 return True
         return False
+
+
+@contextmanager
+def collected(write: Callable[[list[str]], None], line_bytes_max: int, fd: int = 2) -> Iterator[None]:
+    """Give ``write`` what this process writes to ``fd`` within the block, as lines, when the block ends."""
+    kept = os.dup(fd)
+    memory = os.memfd_create("log")
+    os.dup2(memory, fd)
+    try:
+        yield
+    finally:
+        os.dup2(kept, fd)
+        os.close(kept)
+        lines = Lines(line_bytes_max)
+        text = os.pread(memory, os.fstat(memory).st_size, 0)
+        os.close(memory)
+        write([*lines.feed(text), *lines.end()])
 
 
 def _is_ready(fd: int, events: int) -> bool:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import errno
 import socket
 from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
 
 from tarragon.config import Config
+
+KV_CACHE_BYTES_USEFUL: Final = 64 << 20
+"""A smaller cache is not worth proposing."""
 
 
 class PreflightError(ValueError):
@@ -46,8 +52,7 @@ def memory_needed_bytes(config: Config, attention_bytes: int, expert_bytes: int)
     if config.expert_memory_bytes_max:
         experts = min(experts, config.expert_memory_bytes_max * config.expert_workers)
     workers = config.attention_workers + config.expert_workers
-    copies_of_cache = 2 if config.checkpoint_mode == "segments" else 1  # the cache, and its checkpoints
-    per_attention = attention_bytes + copies_of_cache * config.kv_cache_bytes_granted
+    per_attention = attention_bytes + _copies_of_cache(config) * config.kv_cache_bytes_granted
     return experts + config.attention_workers * per_attention + workers * config.worker_overhead_bytes
 
 
@@ -73,13 +78,37 @@ def check_memory(config: Config, attention_bytes: int, expert_bytes: int, availa
     """Raise PreflightError if the cluster does not fit into ``available_bytes``."""
     needed = memory_needed_bytes(config, attention_bytes, expert_bytes)
     if needed > available_bytes:
+        fitting = what_fits(config, attention_bytes, expert_bytes, available_bytes)
         copies = 1 + min(config.shadow_replicas, config.expert_workers - 1)
         raise PreflightError(
             f"{_gb(needed)} of memory are needed ({_gb(expert_bytes)} of experts x {copies}, and "
             f"{config.attention_workers} x ({_gb(attention_bytes)} of other weights + "
             f"{_gb(config.kv_cache_bytes_granted)} of KV cache, as much for its checkpoints)), "
-            f"but {_gb(available_bytes)} are available"
+            f"but {_gb(available_bytes)} are available: {fitting}"
         )
+
+
+def what_fits(config: Config, attention_bytes: int, expert_bytes: int, available_bytes: int) -> str:
+    """The smallest change with which the cluster fits: a smaller cache, then fewer shadows, then workers."""
+    for replicas in range(min(config.shadow_replicas, config.expert_workers - 1), -1, -1):
+        less = replace(config, shadow_replicas=replicas, kv_cache_bytes=0, checkpoint_bytes_max=0)
+        room = available_bytes - memory_needed_bytes(less, attention_bytes, expert_bytes)
+        cache = room // (config.attention_workers * _copies_of_cache(config))
+        if cache >= min(config.kv_cache_bytes, KV_CACHE_BYTES_USEFUL):
+            shadows = "" if replicas >= config.shadow_replicas else f" with --shadow-replicas {replicas}"
+            return f"--kv-cache-bytes {min(cache, config.kv_cache_bytes)} would fit{shadows}"
+    least = replace(config, attention_workers=1, expert_workers=1, kv_cache_bytes=KV_CACHE_BYTES_USEFUL)
+    return (
+        f"even one attention and one expert worker with {_gb(KV_CACHE_BYTES_USEFUL)} of KV cache need "
+        f"{_gb(memory_needed_bytes(least, attention_bytes, expert_bytes))}"
+        if memory_needed_bytes(least, attention_bytes, expert_bytes) > available_bytes
+        else f"--attention-workers 1 --expert-workers 1 --kv-cache-bytes {KV_CACHE_BYTES_USEFUL} would fit"
+    )
+
+
+def _copies_of_cache(config: Config) -> int:
+    """The cache, and its checkpoints."""
+    return 2 if config.checkpoint_mode == "segments" else 1
 
 
 def _gb(count_bytes: int) -> str:

@@ -12,6 +12,7 @@ from vllm.v1.request import RequestStatus
 
 from tarragon.attention import capture
 from tarragon.attention.baseline import Snapshot
+from tarragon.attention.reprotect import Reprotector
 from tarragon.attention.resume import Resumer, Seat
 from tarragon.boot import Boot
 from tarragon.checkpoint.bucket import Bucket
@@ -42,6 +43,8 @@ class Checkpoints:
         self._granted: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._store_up = False
         self._asked_mode = self._mode = parse_mode(boot.config.checkpoint_mode)
+        self._reprotect = True
+        self.reprotector = Reprotector(self._scheduler, exact=not runner.model_config.use_mla)
         self.writer.enabled = self._mode.segments
         self._snapshot = Snapshot(runner)
         self._steps = 0
@@ -66,16 +69,27 @@ class Checkpoints:
         protected = has_bucket and self._store_up
         return {
             "bucket": float(protected and self._mode.segments),
+            "requests_behind": float(self.reprotector.missing),
+            "needs_checkpoints": float(not self.reprotector.exact),
+            "requests_unprotected": float(self._unprotected(protected and self._mode.segments)),
             "snapshot_bytes": float(self._snapshot.bytes_copied),
             **self.writer.counters.as_dict(),
             **self.restorer.counters.as_dict(),
         }
 
+    def _unprotected(self, protected: bool) -> int:
+        """Running requests whose rows no bucket keeps: the death of this worker would cost their prefill."""
+        running = len(self._scheduler.running)
+        if not protected:
+            return running
+        return max(0, running - len(self.writer.recorded)) + self.reprotector.missing
+
     # ------------------------------------------------------------------ from other threads
 
-    def ask_mode(self, text: str) -> None:
-        """Checkpoint in another way from the next step on."""
+    def ask_mode(self, text: str, reprotect: bool = True) -> None:
+        """Checkpoint in another way from the next step on; ``reprotect`` what ran without before."""
         try:
+            self._reprotect = reprotect
             self._asked_mode = parse_mode(text)
         except ValueError as error:
             print(f"not obeyed: {error}", file=sys.stderr)
@@ -99,10 +113,12 @@ class Checkpoints:
                 writer.attach(Bucket.map(fd, self._shape))
             finally:
                 os.close(fd)
+            if writer.enabled:
+                self.reprotector.began(scheduler_output.num_scheduled_tokens)
         writer.check_seal()
         if self._mode != self._asked_mode:
             self._mode = self._asked_mode
-            writer.enable(self._mode.segments)
+            self._change(scheduler_output.num_scheduled_tokens)
         writer.release(scheduler_output.finished_req_ids)
         scheduled, live = scheduler_output.num_scheduled_tokens, self._scheduler.requests
         writer.release(
@@ -114,6 +130,14 @@ class Checkpoints:
         )
         if scheduler_output.kv_cache_block_copies:
             writer.copy_blocks(scheduler_output.kv_cache_block_copies, max(self._block_sizes))
+
+    def _change(self, scheduled: dict[str, int]) -> None:
+        writer, had = self.writer, self.writer.enabled
+        writer.enable(self._mode.segments)
+        if not writer.enabled:
+            self.reprotector.ended()
+        elif not had and writer.bucket is not None and self._reprotect:
+            self.reprotector.began(scheduled)
 
     def load(self, scheduler_output: Any) -> None:
         """Just before the forward pass: put restored rows into the cache."""

@@ -18,7 +18,9 @@ from tarragon.control import WorkerControl
 from tarragon.messages import (
     Checkpointing,
     Control,
+    Failpoint,
     Peer,
+    Probing,
     Ready,
     Report,
     Suspicion,
@@ -52,8 +54,9 @@ class ControlThread(WorkerControl):
         self._changed = threading.Condition()
         self.counters: Callable[[], dict[str, float]] = dict
         """What besides REFE's counters is reported."""
-        self.on_mode: Callable[[str], None] = lambda _mode: None
+        self.on_mode: Callable[[str, bool], None] = lambda _mode, _reprotect: None
         """Called with another way to checkpoint."""
+        self.on_failpoint: Callable[[Failpoint], None] = lambda _order: None
 
     # ------------------------------------------------------------------ called by the engine thread
 
@@ -106,6 +109,7 @@ class ControlThread(WorkerControl):
                     **self.responder.counters,
                     **self.counters(),
                 },
+                traffic=self.refe.traffic_latest(),
             )
         )
 
@@ -121,7 +125,11 @@ class ControlThread(WorkerControl):
         if isinstance(message, (Welcome, TableUpdate)):
             self._take_table(message.table)
         elif isinstance(message, Checkpointing):
-            self.on_mode(message.mode)
+            self.on_mode(message.mode, message.reprotect)
+        elif isinstance(message, Probing):
+            self.refe.probe(message.enabled)
+        elif isinstance(message, Failpoint) and self.boot.config.failpoints:
+            self.on_failpoint(message)
 
     def _take_table(self, table: Table) -> None:
         with self._changed:

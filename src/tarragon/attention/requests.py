@@ -19,6 +19,7 @@ from tarragon.gateway.wire import (
     Facts,
     Message,
     Outputs,
+    Resumed,
     Utility,
     UtilityResult,
 )
@@ -152,7 +153,15 @@ class Requests:
                     del self._attempts[output.request_id]
             step.finished_requests = None
             if step.outputs or step.scheduler_stats is not None:
-                self._send(Outputs(attempts=attempts, outputs=step))
+                self._send(Outputs(attempts=attempts, outputs=step, resumed=self._resumed_in(step)))
+
+    def _resumed_in(self, step: Any) -> dict[str, Resumed]:
+        """Requests from elsewhere that deliver with this step; told once."""
+        resumed = self._resumer.resumed
+        if not resumed:
+            return {}
+        names = [output.request_id for output in step.outputs if output.request_id in resumed]
+        return {name: resumed.pop(name) for name in names}
 
     def _send(self, message: Message) -> None:
         if self._link is None:

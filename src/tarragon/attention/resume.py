@@ -26,7 +26,7 @@ from tarragon.attention.capture import CachedLayer
 from tarragon.attention.randomness import PositionalGenerator
 from tarragon.checkpoint.bucket import slots_at
 from tarragon.checkpoint.restore import LayerRows, Restorer, Source
-from tarragon.gateway.wire import Add
+from tarragon.gateway.wire import Add, Resumed
 
 
 class Load(NamedTuple):
@@ -55,6 +55,8 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         self._sources: dict[str, Source] = {}
         self._read: dict[str, tuple[int, int, list[LayerRows]]] = {}
         self._loads: list[Load] = []
+        self.resumed: dict[str, Resumed] = {}
+        """Requests from elsewhere that have not delivered yet; whoever sends outputs takes them out."""
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -62,6 +64,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
 
     def expect(self, request_id: str, origins: Sequence[tuple[str, int, int]]) -> int:
         """Look for the rows of a request that is about to be queued; returns the positions found."""
+        self.resumed[request_id] = Resumed()
         start = time.perf_counter()
         source = self._restorer.find(request_id, origins) if self._layers else None
         self._restorer.counters.restore_s += time.perf_counter() - start
@@ -74,11 +77,14 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
     def forget(self, request_id: str) -> None:
         self._sources.pop(request_id, None)
         self._read.pop(request_id, None)
+        self.resumed.pop(request_id, None)
 
     # ------------------------------------------------------------------ called by the scheduler
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """Positions beyond ``num_computed_tokens`` that need no computing; the last one always does."""
+        if request.request_id in self.resumed:
+            self.resumed[request.request_id] = Resumed(cached=num_computed_tokens)
         source = self._sources.get(request.request_id)
         if source is None:
             return 0, False
@@ -92,9 +98,11 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
             self._restorer.counters.restore_s += time.perf_counter() - begin
             if rows is None:
                 print(
-                    f"{request.request_id}: its checkpoint is not usable, computing it anew", file=sys.stderr
+                    f"WARNING request {request.request_id}: its checkpoint is not usable: computed anew",
+                    file=sys.stderr,
                 )
                 self.forget(request.request_id)
+                self.resumed[request.request_id] = Resumed(cached=num_computed_tokens)
                 return 0, False
             self._read[request.request_id] = (num_computed_tokens, stop, rows)
         return stop - num_computed_tokens, False
@@ -106,6 +114,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
             return
         start, stop, rows = read
         assert stop - start == num_external_tokens
+        self.resumed[request.request_id] = Resumed(restored=num_external_tokens, cached=start)
         tables = tuple(np.array(ids, dtype=np.int32) for ids in blocks.get_block_ids())
         self._loads.append(Load(tables, rows))
         counters = self._restorer.counters
@@ -161,6 +170,11 @@ class Resumer:
     def __init__(self, engine: Any, runner: Any, seat: Seat) -> None:
         self._engine, self._runner, self._seat = engine, runner, seat
         self._compiling: list[tuple[Request, list[int]]] = []
+
+    @property
+    def resumed(self) -> dict[str, Resumed]:
+        """See Seat."""
+        return self._seat.resumed
 
     @property
     def waiting(self) -> bool:

@@ -6,10 +6,13 @@ import select
 import sys
 from typing import Any, cast
 
+import torch
+
 from tarragon.attention.checkpoints import Checkpoints
 from tarragon.attention.control import ControlThread
 from tarragon.attention.engine import build_engine, fingerprint, prepare
 from tarragon.attention.exact import inexact_reason
+from tarragon.attention.failpoints import Failpoints
 from tarragon.attention.requests import Requests
 from tarragon.attention.runner import AttentionModelRunner
 from tarragon.attention.times import TIMES
@@ -20,6 +23,7 @@ from tarragon.config import GRAMMAR_POLL_MS
 from tarragon.models.shape import MoeModel, read_model
 from tarragon.native.undertaker import spawn_undertaker
 from tarragon.refe.engine import ExpertUnreachable, Refe
+from tarragon.refe.traffic import TrafficRing
 from tarragon.transport.region import DType, RegionShape
 
 
@@ -43,10 +47,12 @@ def main(boot: Boot) -> None:
     checkpoints = Checkpoints(engine, boot, f"{fingerprint(model)}, {model.path}", attempts)
     AttentionModelRunner.checkpoints = checkpoints
     refe.on_gap = checkpoints.writer.flush
+    checkpoints.writer.traffic = refe.traffic
     control.counters = checkpoints.counters
     control.on_mode = checkpoints.ask_mode
     control.ready(fingerprint(model), inexact_reason(vllm_config.model_config))
     requests = Requests(engine, control, vllm_config, checkpoints.resumer, attempts)
+    control.on_failpoint = Failpoints(refe, checkpoints, requests).arm
     serve(engine, refe, control, requests, checkpoints)
     control.stopping.set()
 
@@ -63,6 +69,9 @@ def _connect(boot: Boot, model: MoeModel, tokens_max: int) -> tuple[ControlThrea
         on_lost=lambda peer, cause: control.lost(peer, cause),
         on_table=lambda version: control.acknowledge(version),
     )
+    if boot.config.traffic_events_max:
+        element_bytes = getattr(torch, model.dtype).itemsize
+        refe.traffic = TrafficRing(boot.config.traffic_events_max, model.hidden * element_bytes)
     region = RegionShape(dtype=cast("DType", model.dtype), hidden=model.hidden, pairs_max=pairs_max)
     control = ControlThread(boot, refe, region)
     return control, refe
@@ -85,6 +94,7 @@ def serve(
         with TIMES.taken("intake_s"):
             requests.take_up(poll)
         resumer.poll()
+        checkpoints.reprotector.poll()
         if engine.scheduler.has_requests():
             with TIMES.taken("step_s"):
                 try:

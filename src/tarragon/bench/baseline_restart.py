@@ -18,8 +18,9 @@ from typing import Any, Final, Protocol
 
 from tarragon.bench import timeline
 from tarragon.bench.peer import MonolithicVllm
-from tarragon.bench.poisson import PoissonLoad, Workload
+from tarragon.bench.poisson import PoissonLoad
 from tarragon.bench.timeline import Trace
+from tarragon.bench.workloads import Workload
 from tarragon.cluster import Cluster, ClusterError
 
 _POLL_S: Final = 0.1
@@ -68,14 +69,14 @@ class TarragonSystem:
 class VllmSystem:
     """Monolithic vLLM at its defaults."""
 
-    model_name: Final = "model"
+    model_name: Final = MonolithicVllm.model_name
 
     def __init__(self, model: Path) -> None:
         self._server = MonolithicVllm(model)
 
     @property
     def url(self) -> str:
-        return self._server.url.removesuffix("/v1")
+        return self._server.url
 
     def start(self) -> None:
         self._server.__enter__()

@@ -20,10 +20,11 @@ from typing import Any, Final
 import aiohttp
 
 from tarragon.bench import output
-from tarragon.bench.poisson import REQUEST_TIMEOUT_S, LoadError, Workload, read_stream
+from tarragon.bench.load import LoadError, read_stream, session
 from tarragon.bench.progress import Bar
 from tarragon.bench.stats import interval, paired_ratio, summary
 from tarragon.bench.timeline import Trace
+from tarragon.bench.workloads import Workload, random_workload
 from tarragon.cluster import Cluster, ClusterError
 from tarragon.models.demo import ensure_demo_model
 from tarragon.models.headers import read_json
@@ -99,20 +100,16 @@ class _Load:
         return self.tokens_done + sum(len(trace.tokens) for trace in self.live)
 
     async def run(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
-        async with (
-            aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session,
-            asyncio.TaskGroup() as group,
-        ):
+        async with session() as client, asyncio.TaskGroup() as group:
             for _ in range(self._streams):
-                group.create_task(self._keep_one(session))
+                group.create_task(self._keep_one(client))
 
-    async def _keep_one(self, session: aiohttp.ClientSession) -> None:
+    async def _keep_one(self, client: aiohttp.ClientSession) -> None:
         while not self.stopping:
             trace = Trace(self._next, time.monotonic())
             self._next += 1
             self.live.append(trace)
-            await read_stream(session, self._url, self._model, self._workload.body(trace.index), trace)
+            await read_stream(client, self._url, self._model, self._workload.body(trace.index), trace)
             if trace.error:
                 raise LoadError(f"a request failed: {trace.error}")
             self.tokens_done += len(trace.tokens)
@@ -122,7 +119,7 @@ class _Load:
 async def _measure(
     options: argparse.Namespace, model: Path, cluster: Cluster, schemes: list[str], bar: Bar
 ) -> dict[str, Any]:
-    workload = Workload(seed=0, vocabulary=min(40_000, read_model(model).vocab))
+    workload = random_workload(model)
     load = _Load(cluster.url, model.name, workload, options.concurrency)
     running = asyncio.create_task(load.run())
     rates: dict[str, list[float]] = {scheme: [] for scheme in schemes}
@@ -157,7 +154,7 @@ async def _window(
     account: dict[str, float],
 ) -> float:
     """Tokens/s of one window; adds what its writing cost to ``account`` if it is Tarragon's."""
-    await asyncio.to_thread(cluster.admin.checkpointing, scheme)
+    await asyncio.to_thread(cluster.admin.checkpointing, scheme, reprotect=False)
     await asyncio.sleep(SETTLE_S)
     before = await asyncio.to_thread(_counters, cluster) if scheme == "segments" else {}
     tokens, start_s = load.tokens, time.monotonic()

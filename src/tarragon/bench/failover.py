@@ -24,16 +24,17 @@ from tarragon.bench import failover_report, timeline
 from tarragon.bench.baseline_restart import Restartable, TarragonSystem, VllmSystem, restart_trial
 from tarragon.bench.fault_trial import AFTER_S, BEFORE_S, MOMENT_S, fault_trial
 from tarragon.bench.faults import SIGNALS, FaultError
+from tarragon.bench.load import LoadError, capacity_tokens_per_s, closed_loop
 from tarragon.bench.machine import machine
 from tarragon.bench.owners import ENGINE_ARGS
-from tarragon.bench.poisson import LoadError, PoissonLoad, Workload, capacity_tokens_per_s, closed_loop
+from tarragon.bench.poisson import PoissonLoad
 from tarragon.bench.progress import Bar
 from tarragon.bench.timeline import Trace
+from tarragon.bench.workloads import random_workload
 from tarragon.cluster import Cluster, ClusterError
 from tarragon.config import Config, ConfigError
 from tarragon.config import load as load_config
 from tarragon.models.demo import ensure_demo_model
-from tarragon.models.shape import read_model
 
 QUICK_LAYERS: Final = 4
 CAPACITY_INDEX: Final = 1_000_000
@@ -141,7 +142,7 @@ class Failover:
 
     def __init__(self, options: argparse.Namespace, model: Path) -> None:
         self._options, self._model = options, model
-        self._workload = Workload(options.seed, min(40_000, read_model(model).vocab))
+        self._workload = random_workload(model, seed=options.seed)
         self._metrics: dict[str, Any] = {"trials": [], "baseline": {}}
         self.result: dict[str, Any] = {
             "name": "failover",

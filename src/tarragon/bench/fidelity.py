@@ -151,7 +151,7 @@ def vllm(model: Path, *flags: str) -> Iterator[str]:
     """Monolithic vLLM, eager and without prefix caching; yields its base URL."""
     common = ("--enforce-eager", "--no-enable-prefix-caching", f"--max-model-len={MAX_MODEL_LEN}")
     with MonolithicVllm(model, *common, *flags) as peer:
-        yield peer.url.removesuffix("/v1")
+        yield peer.url
 
 
 def english(model: Path, count: int, seed: int) -> list[list[int]]:

@@ -20,8 +20,10 @@ from typing import Any, Final, NamedTuple
 import aiohttp
 
 from tarragon.bench import output
-from tarragon.bench.load import REQUEST_TIMEOUT_S, Request, Stream, random_prompts, stream_completion
+from tarragon.bench.load import closed_loop, read_stream, session
 from tarragon.bench.stats import percentile, summary
+from tarragon.bench.timeline import Trace
+from tarragon.bench.workloads import VOCABULARY_MAX, Workload
 from tarragon.cluster import Cluster
 from tarragon.config import Config
 from tarragon.models.demo import ensure_demo_model
@@ -29,9 +31,9 @@ from tarragon.models.demo import ensure_demo_model
 SAME: Final = "on the prompt's attention worker"
 OTHER: Final = "on the other attention worker"
 SHORT_TOKENS: Final = 10
-VOCABULARY: Final = 40_000
 START_TIMEOUT_S: Final = 60.0
-PARAMS: Final = {"temperature": 0, "ignore_eos": True}
+DECODED_TOKENS: Final = 1_500
+"""Of each stream that goes on for as long as the prompts take, before it begins anew."""
 
 
 class Span(NamedTuple):
@@ -87,7 +89,7 @@ def measure(model: Path, options: argparse.Namespace, pairs_max: int, chunk: int
     """One cluster with one setting; gaps in ms."""
     flags = [f"--max-num-batched-tokens={chunk}"] if chunk else []
     with Cluster(model, 2, 2, engine_args=flags, batch_pairs_max=pairs_max) as cluster:
-        url = f"{cluster.url}/v1"
+        url = cluster.url
         asyncio.run(beside(url, model.name, options, prompts=1, seed=0))  # everything has run once
         calm = asyncio.run(calm_streams(url, model.name, options.baseline_tokens))
         streams, spans = asyncio.run(beside(url, model.name, options, prompts=options.prompts, seed=1))
@@ -99,36 +101,31 @@ def measure(model: Path, options: argparse.Namespace, pairs_max: int, chunk: int
     }
 
 
-async def calm_streams(url: str, model: str, tokens: int) -> list[Stream]:
+async def calm_streams(url: str, model: str, tokens: int) -> list[Trace]:
     """Two streams with nothing beside them."""
-    async with _session() as session:
-        prompts = random_prompts(2, SHORT_TOKENS, seed=7, vocabulary=VOCABULARY)
-        tasks = [
-            asyncio.create_task(stream_completion(session, url, model, Request(prompt, tokens, PARAMS)))
-            for prompt in prompts
-        ]
-        return [_checked(stream) for stream in await asyncio.gather(*tasks)]
+    workload = Workload(7, VOCABULARY_MAX, SHORT_TOKENS, tokens, greedy=True)
+    return [_checked(trace) for trace in await closed_loop(workload, url, model, range(2), 2)]
 
 
 async def beside(
     url: str, model: str, options: argparse.Namespace, *, prompts: int, seed: int
-) -> tuple[list[Stream], list[Span]]:
+) -> tuple[list[Trace], list[Span]]:
     """Two streams that go on for as long as the prompts take, and when each prompt was computed."""
-    async with _session() as session:
-        shorts = random_prompts(2, SHORT_TOKENS, seed=100 + seed, vocabulary=VOCABULARY)
-        longs = random_prompts(prompts, options.prompt_tokens, seed=200 + seed, vocabulary=VOCABULARY)
-        streams = [Stream(0.0), Stream(0.0)]
+    shorts = Workload(100 + seed, VOCABULARY_MAX, SHORT_TOKENS, DECODED_TOKENS, greedy=True)
+    longs = Workload(200 + seed, VOCABULARY_MAX, options.prompt_tokens, 1, greedy=True)
+    async with session() as client:
+        streams = [Trace(0, 0.0), Trace(1, 0.0)]
         tasks = []
-        for stream, short in zip(streams, shorts, strict=True):
+        for stream in streams:
             # In turn, so that the first worker gets the first stream and the second the other.
-            tasks.append(asyncio.create_task(decode(session, url, model, short, stream)))
+            tasks.append(asyncio.create_task(decode(client, url, model, shorts.body(stream.index), stream)))
             await _first_token(stream)
         spans = []
-        for long in longs:
+        for index in range(prompts):
             await asyncio.sleep(0.5)
-            start_s = time.monotonic()
-            _checked(await stream_completion(session, url, model, Request(long, 1, PARAMS)))
-            spans.append(Span(start_s, time.monotonic()))
+            long = Trace(index, time.monotonic())
+            await read_stream(client, url, model, longs.body(index), long)
+            spans.append(Span(_checked(long).due_s, time.monotonic()))
         await asyncio.sleep(0.2)
         for task in tasks:
             task.cancel()
@@ -139,23 +136,18 @@ async def beside(
 
 
 async def decode(
-    session: aiohttp.ClientSession, url: str, model: str, prompt: list[int], into: Stream
+    client: aiohttp.ClientSession, url: str, model: str, body: dict[str, Any], into: Trace
 ) -> None:
-    """Stream completions of one prompt one after the other into one trace, until cancelled."""
-    while True:
-        body = {"model": model, "prompt": prompt, "max_tokens": 1_500, "stream": True, **PARAMS}
-        async with session.post(f"{url}/completions", json=body) as response:
-            if response.status != 200:
-                into.error = f"HTTP {response.status}: {(await response.text())[:500]}"
-                return
-            async for line in response.content:
-                if line.startswith(b"data: {"):
-                    into.token_times_s.append(time.monotonic())
+    """Stream one completion after the other, until cancelled; the times of all are in one trace."""
+    while not into.error:
+        one = Trace(into.index, time.monotonic(), times_s=into.times_s)
+        await read_stream(client, url, model, body, one)
+        into.error = one.error
 
 
-def gaps_in(stream: Stream, spans: list[Span]) -> list[float]:
+def gaps_in(stream: Trace, spans: list[Span]) -> list[float]:
     """Gaps (s) between tokens that overlap any of the spans."""
-    times = stream.token_times_s
+    times = stream.times_s
     return [
         b - a
         for a, b in itertools.pairwise(times)
@@ -172,20 +164,16 @@ def gap_figures(gaps_s: list[float]) -> dict[str, float]:
     }
 
 
-async def _first_token(stream: Stream) -> None:
+async def _first_token(stream: Trace) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    while not stream.token_times_s:
+    while not stream.times_s:
         _checked(stream)
         if time.monotonic() > deadline_s:
             raise RuntimeError(f"a stream had no token after {START_TIMEOUT_S:g} s")
         await asyncio.sleep(0.01)
 
 
-def _session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S))
-
-
-def _checked(stream: Stream) -> Stream:
+def _checked(stream: Trace) -> Trace:
     if stream.error:
         raise RuntimeError(f"a stream failed: {stream.error}")
     return stream

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cores() -> list[int]:
+    """Cores that this process and all it starts may run on: the same for every side of a comparison."""
+    return sorted(os.sched_getaffinity(0))
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and the versions that decide speed."""
     info = Path("/proc/cpuinfo").read_text()

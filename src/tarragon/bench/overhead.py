@@ -19,15 +19,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+from tarragon.bench.load import LoadError, closed_loop
 from tarragon.bench.machine import machine
-from tarragon.bench.poisson import LoadError, Workload, closed_loop
 from tarragon.bench.progress import Bar
 from tarragon.bench.stats import paired_ratio, summary
+from tarragon.bench.workloads import random_workload
 from tarragon.cluster import Cluster, ClusterError
 from tarragon.config import Config
 from tarragon.config import load as load_config
 from tarragon.models.demo import ensure_demo_model
-from tarragon.models.shape import read_model
 
 COST_MAX: Final = 0.01
 """Promise 5 of the design: protection costs at most this share of tokens/s."""
@@ -114,7 +114,7 @@ class Overhead:
 
     def __init__(self, options: argparse.Namespace, model: Path) -> None:
         self._options, self._model = options, model
-        self._workload = Workload(seed=0, vocabulary=min(40_000, read_model(model).vocab))
+        self._workload = random_workload(model)
         self._metrics: dict[str, Any] = {
             name: {"on": [], "off": []} for name in ("tokens_per_s", "cpu_ms_per_token", "idle_cores")
         }

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import aiohttp
 
-from tarragon.bench.poisson import ID_PREFIX
+from tarragon.bench.load import ID_PREFIX
 
 PATH: Final = "/bench/owners"
 ENGINE_ARGS: Final = ("--middleware=tarragon.bench.owners.Owners",)

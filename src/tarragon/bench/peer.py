@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,14 +12,19 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from tarragon.agent.process import die_with_parent
 
 STARTUP_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
+_LOG_BYTES: Final = 20_000
+_ERROR: Final = re.compile(r"(?:\b\w*(?:Error|Exception): |Value error, )(?P<what>.*?)(?: \[type=.*)?$")
+_OF_THE_PARENT: Final = "Engine core initialization failed"
+"""What a server says when its engine's process has ended: the cause stands before it."""
 
 
 def free_port() -> int:
@@ -27,16 +33,38 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class PeerError(RuntimeError):
+    """vLLM does not come up; the first line is a sentence."""
+
+
+def cause(log: str) -> str:
+    """What the last error in a log says; without any, its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    named = [found["what"] for line in lines if (found := _ERROR.search(line))]
+    wanted = [what for what in named if _OF_THE_PARENT not in what]
+    return (wanted or named or lines or ["its log is empty"])[-1][:300]
+
+
 class MonolithicVllm:
     """vLLM's own API server with the same model on the same cores; a context manager.
 
-    Raises RuntimeError with the end of its log when it does not come up.
+    Raises PeerError when it does not come up: a sentence, and after it the end of its log.
     """
 
-    def __init__(self, model: Path, *flags: str, kv_cache_bytes: int = 1 << 30) -> None:
+    model_name: Final = "model"
+
+    def __init__(
+        self,
+        model: Path,
+        *flags: str,
+        kv_cache_bytes: int = 1 << 30,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self.model, self.flags, self.kv_cache_bytes = model, flags, kv_cache_bytes
+        self._environ = dict(environ or {})
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.url = f"http://127.0.0.1:{self.port}"
+        """Base of the OpenAI-compatible API, without ``/v1``."""
         self.startup_s = 0.0
 
     def __enter__(self) -> Self:
@@ -48,7 +76,7 @@ class MonolithicVllm:
                 "-m",
                 "vllm.entrypoints.openai.api_server",
                 f"--model={self.model}",
-                "--served-model-name=model",
+                f"--served-model-name={self.model_name}",
                 f"--port={self.port}",
                 "--host=127.0.0.1",
                 f"--kv-cache-memory-bytes={self.kv_cache_bytes}",
@@ -63,12 +91,13 @@ class MonolithicVllm:
                 "VLLM_LOGGING_LEVEL": "WARNING",
                 "VLLM_NO_USAGE_STATS": "1",
                 "HF_HUB_OFFLINE": "1",
+                **self._environ,
             },
         )
         while not self._healthy():
             if self._process.poll() is not None or time.monotonic() - start > STARTUP_TIMEOUT_S:
                 self.__exit__(None, None, None)
-                raise RuntimeError(f"vLLM did not come up:\n{self._tail}")
+                raise PeerError(f"vLLM did not come up: {cause(self._tail)}\n{self._tail}")
             time.sleep(0.2)
         self.startup_s = time.monotonic() - start
         return self
@@ -86,7 +115,7 @@ class MonolithicVllm:
         if self._log.closed:
             return
         self._log.seek(0)
-        self._tail = self._log.read()[-2000:].decode(errors="replace")
+        self._tail = self._log.read()[-_LOG_BYTES:].decode(errors="replace")
         self._log.close()
 
     def kill(self) -> None:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from tarragon.bench import output
-from tarragon.bench.load import Request, Stream, closed_loop, random_prompts
+from tarragon.bench.load import closed_loop, fail_on_error
+from tarragon.bench.progress import Bar
+from tarragon.bench.workloads import PROMPT_TOKENS, VOCABULARY_MAX, Workload
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
 
-PROMPT_TOKENS: Final = 10
-VOCABULARY: Final = 40_000
+_PLAN_START_S: Final = 25.0
 REPORT_MARGIN_S: Final = 1.2
 """Reports come once a second."""
 ATTENTION: Final = (
@@ -51,8 +52,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     model = options.model or ensure_demo_model(layers=options.layers)
-    with Cluster(model, options.attention_workers, options.expert_workers) as cluster:
-        before, after = asyncio.run(observe(cluster, model.name, options))
+    with Bar("profile", _PLAN_START_S + options.seconds) as bar:
+        bar.doing("starting the cluster")
+        with Cluster(model, options.attention_workers, options.expert_workers) as cluster:
+            bar.done(_PLAN_START_S)
+            bar.doing("decoding")
+            before, after = asyncio.run(observe(cluster, model.name, options))
+            bar.done(options.seconds)
     settings = {
         "model": model.name,
         "attention_workers": options.attention_workers,
@@ -71,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 async def observe(cluster: Cluster, model: str, options: argparse.Namespace) -> tuple[Any, Any]:
     """Two looks at the cluster under the same steady load. Raises RuntimeError if it was not steady."""
-    url = f"{cluster.url}/v1"
+    url = cluster.url
     await load(url, model, options.streams, 8)  # everything has run once
     running = asyncio.create_task(load(url, model, options.streams, options.tokens))
     await asyncio.sleep(2 * REPORT_MARGIN_S)
@@ -85,14 +91,10 @@ async def observe(cluster: Cluster, model: str, options: argparse.Namespace) -> 
     return before, after
 
 
-async def load(url: str, model: str, streams: int, tokens: int) -> list[Stream]:
-    prompts = random_prompts(streams, PROMPT_TOKENS, seed=tokens, vocabulary=VOCABULARY)
-    params = {"temperature": 0, "ignore_eos": True}
-    done = await closed_loop(url, model, [Request(prompt, tokens, params) for prompt in prompts], streams)
-    for stream in done:
-        if stream.error:
-            raise RuntimeError(f"a stream failed: {stream.error}")
-    return done
+async def load(url: str, model: str, streams: int, tokens: int) -> None:
+    """So many streams of ``tokens`` each. Raises LoadError if one fails."""
+    workload = Workload(tokens, VOCABULARY_MAX, PROMPT_TOKENS, tokens, greedy=True)
+    fail_on_error(await closed_loop(workload, url, model, range(streams), streams))
 
 
 def look(cluster: Cluster) -> dict[str, dict[str, Any]]:

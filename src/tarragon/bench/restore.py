@@ -21,10 +21,11 @@ import aiohttp
 
 from tarragon.bench import output
 from tarragon.bench.checkpoint import segment_bytes
+from tarragon.bench.load import ID_PREFIX, LoadError
 from tarragon.bench.owners import ENGINE_ARGS, held_by
-from tarragon.bench.poisson import ID_PREFIX, LoadError, Workload
 from tarragon.bench.progress import Bar
 from tarragon.bench.stats import summary
+from tarragon.bench.workloads import random_workload
 from tarragon.cluster import Cluster, ClusterError
 from tarragon.models.demo import ensure_demo_model
 from tarragon.models.shape import read_model
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 async def trial(cluster: Cluster, model: Path, point: int, index: int) -> dict[str, float]:
     """One failure at token ``point``; seconds and bytes of each way to go on."""
-    workload = Workload(seed=2, vocabulary=min(40_000, read_model(model).vocab))
+    workload = random_workload(model, seed=2)
     body = workload.body(index) | {"max_tokens": point + AFTER_TOKENS, "model": model.name}
     before = await asyncio.to_thread(_restored, cluster)
     timeout = aiohttp.ClientTimeout(total=FULL_CAPACITY_S * 4)

@@ -18,8 +18,9 @@ from typing import Any, Final
 
 from tarragon.agent.process import die_with_parent
 from tarragon.bench import output
-from tarragon.bench.load import Request, closed_loop, random_prompts
+from tarragon.bench.load import closed_loop
 from tarragon.bench.progress import Bar
+from tarragon.bench.workloads import VOCABULARY_MAX, Workload
 from tarragon.cluster import Cluster, ClusterError
 from tarragon.models.demo import ensure_demo_model
 
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> int:
 def run(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Load the cluster for the time asked for; what happened to it meanwhile."""
     requests, errors = 0, []
+    workload = Workload(0, VOCABULARY_MAX, PROMPT_TOKENS, OUTPUT_TOKENS, greedy=True)
     with (
         Cluster(model, options.attention_workers, options.expert_workers) as cluster,
         Bar("soak", 60.0 * options.minutes) as bar,
@@ -80,11 +82,10 @@ def run(options: argparse.Namespace, model: Path) -> dict[str, Any]:
         end_s = time.monotonic() + 60.0 * options.minutes
         while time.monotonic() < end_s:
             start_s = time.monotonic()
-            prompts = random_prompts(3 * options.concurrency, PROMPT_TOKENS, seed=requests, vocabulary=40_000)
-            load = [Request(p, OUTPUT_TOKENS, {"temperature": 0, "ignore_eos": True}) for p in prompts]
-            streams = asyncio.run(closed_loop(f"{cluster.url}/v1", model.name, load, options.concurrency))
-            requests += len(streams)
-            errors += [stream.error for stream in streams if stream.error]
+            indexes = range(requests, requests + 3 * options.concurrency)
+            traces = asyncio.run(closed_loop(workload, cluster.url, model.name, indexes, options.concurrency))
+            requests += len(traces)
+            errors += [trace.error for trace in traces if trace.error]
             bar.done(time.monotonic() - start_s)
         return {
             "requests": requests,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 BOOTSTRAP_SAMPLES = 2_000
+PAIRS_MIN = 5
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -36,6 +38,25 @@ def interval(
     rng = random.Random(seed)
     drawn = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(BOOTSTRAP_SAMPLES))
     return drawn[int(0.025 * BOOTSTRAP_SAMPLES)], drawn[int(0.975 * BOOTSTRAP_SAMPLES) - 1]
+
+
+def judge(
+    ci95: Sequence[float],
+    pairs: int,
+    *,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> str:
+    """Whether the whole 95 % interval keeps the bounds: "holds", "does not hold" or "inconclusive".
+
+    An interval of fewer than PAIRS_MIN pairs says nothing: no bootstrap is wider than its few values.
+    """
+    low, high = ci95
+    if pairs < PAIRS_MIN:
+        return "inconclusive"
+    if at_least <= low and high <= at_most:
+        return "holds"
+    return "does not hold" if high < at_least or low > at_most else "inconclusive"
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class Trace:
         elif self.tokens[position] != token:
             self.error = f"the replay gave another token at position {position}"
 
+    @property
+    def gaps_s(self) -> list[float]:
+        return [b - a for a, b in itertools.pairwise(self.times_s)]
+
     def live_at(self, moment_s: float) -> bool:
         """Whether a reader had begun to read this stream, and had not read all of it."""
         begun = bool(self.times_s) and self.times_s[0] <= moment_s

@@ -113,7 +113,7 @@ class Restorer:
                 record = bucket.find(request_id, attempt)
             except BucketError as error:
                 self.counters.restore_corrupt += 1
-                print(f"{request_id}: {error}", file=sys.stderr)
+                print(f"WARNING request {request_id}: {error}", file=sys.stderr)
                 continue
             if record is not None and (best is None or record.positions > best.record.positions):
                 best = Source(bucket, record)

@@ -17,6 +17,7 @@ import torch
 from tarragon.checkpoint.bucket import Bucket
 from tarragon.counters import Counters
 from tarragon.native.segments import commit_records, release_record, segment_write
+from tarragon.refe.traffic import SEGMENTS, TrafficRing
 
 
 class Fenced(RuntimeError):
@@ -65,6 +66,7 @@ class Checkpointer:
         self.counters = WriterCounters()
         self.bucket: Bucket | None = None
         self.enabled = True
+        self.traffic: TrafficRing | None = None
         self._deferred = deferred
         self._pending: list[Rows] = []
         self._records: dict[str, int] = {}
@@ -115,8 +117,11 @@ class Checkpointer:
             count += slots.shape[0]
         counters.checkpoint_segments += len(self._pending)
         counters.checkpoint_bytes += count * bucket.shape.row_bytes
+        end = time.perf_counter()
+        if self.traffic is not None:
+            self.traffic.add(SEGMENTS, self._pending[0].layer, start, end, count * bucket.shape.row_bytes)
         self._pending.clear()
-        counters.checkpoint_s += time.perf_counter() - start
+        counters.checkpoint_s += end - start
 
     def check_seal(self) -> None:
         """Raise Fenced if another worker restores from this bucket: nothing in it may change any more."""

@@ -153,6 +153,7 @@ class Batcher:
         self._align = config.batch_align_layers_max
         self._pairs_min = config.batch_pairs_min
         self._pairs_max = config.batch_pairs_max
+        self._lock_step = config.batch_lock_step
         self._along_max = min(config.batch_pairs_min, config.batch_pairs_max)
         self._decode_pairs_max = config.decode_pairs_max
         self._passes_max = config.batch_decodes_before_prefill_max
@@ -274,6 +275,8 @@ class Batcher:
         queue = self._queue
         if not queue:
             return IDLE
+        if self._lock_step:
+            return self._in_lock_step(now)
         layers = self._layers
         head = queue[0]
         prefill_waits = queue[-1].frame_prefill
@@ -332,6 +335,28 @@ class Batcher:
                 if member.layer == layer:
                     member.waited = True
         return first_us + self._wait_us_max, absent
+
+    def _in_lock_step(self, now: int) -> Action:
+        """The baseline of 2.2.1: the lowest layer, once all who are in a step and not beyond it have come.
+
+        Decodes and prefills alike. One between two steps is not waited for, or two expert workers could hold
+        two attention workers for each other; it joins at its next layer 0, where the others then wait for it.
+        """
+        head = min(self._queue, key=lambda worker: worker.layer)
+        absent = [
+            y
+            for y in self._workers.values()
+            if not (y.frame or y.overdue or y.clock is None) and y.next_layer <= head.layer
+        ]
+        if not absent:
+            return self._run(head, (), now)
+        deadline_us = self._wait_us_max + min(
+            worker.arrived_us for worker in self._queue if worker.layer == head.layer
+        )
+        if now >= deadline_us:
+            return self._give_up(head, absent, now)
+        self._waiting_since_us = now
+        return WaitUntil(deadline_us, tuple(y.key for y in absent))
 
     def _give_up(self, head: Frontier, absent: list[Frontier], now: int) -> RunBatch:
         self.stats.waits_expired += 1

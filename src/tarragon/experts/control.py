@@ -10,7 +10,7 @@ from collections.abc import Callable
 from tarragon.boot import Boot
 from tarragon.control import WorkerControl
 from tarragon.experts.kernels import ResidentExperts, kernel_isa
-from tarragon.messages import Assign, Control, ExpertId, Ready, Report, Welcome
+from tarragon.messages import Assign, Control, ExpertId, Failpoint, Ready, Report, Welcome
 from tarragon.transport.link import DataLink
 from tarragon.transport.local import Connection
 
@@ -29,6 +29,7 @@ class ControlThread(WorkerControl):
         self.experts = experts
         self.links: queue.SimpleQueue[DataLink] = queue.SimpleQueue()
         self._counters = counters
+        self.on_failpoint: Callable[[Failpoint], None] = lambda _order: None
         self._fingerprint = f"{fingerprint}, experts {kernel_isa()}"
         self._resident: dict[ExpertId, int] = {}
         self._assignments: queue.SimpleQueue[tuple[int, int, list[ExpertId]]] = queue.SimpleQueue()
@@ -44,6 +45,8 @@ class ControlThread(WorkerControl):
         match message:
             case Welcome(assigned=wanted, order=order) | Assign(experts=wanted, order=order):
                 self._assignments.put((self._connections, order, wanted))
+            case Failpoint() if self.boot.config.failpoints:
+                self.on_failpoint(message)
             case _:
                 pass
 

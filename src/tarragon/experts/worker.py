@@ -11,10 +11,12 @@ import torch
 
 from tarragon import native
 from tarragon.boot import Boot
+from tarragon.experts.batch_sizes import BatchSizes
 from tarragon.experts.batcher import Batcher, BatchError, Member, RunBatch, WaitUntil
 from tarragon.experts.control import ControlThread
 from tarragon.experts.kernels import ResidentExperts
-from tarragon.messages import DataFlag, DataFrame, DataKind, RefusalReason
+from tarragon.failpoints import Countdown, wrap
+from tarragon.messages import DataFlag, DataFrame, DataKind, Failpoint, RefusalReason
 from tarragon.models.expert_weights import ExpertWeights
 from tarragon.models.shape import read_model
 from tarragon.native.undertaker import spawn_undertaker
@@ -33,6 +35,7 @@ def main(boot: Boot) -> None:
     experts = ResidentExperts(model, ExpertWeights(model))
     service = ExpertService(boot, experts)
     control = ControlThread(boot, experts, fingerprint(model), service.report)
+    control.on_failpoint = service.arm
     control.start()
     service.serve(control)
 
@@ -54,6 +57,8 @@ class ExpertService:
         self._frames: dict[int, DataFrame] = {}
         self._poll = select.epoll()
         self._heartbeat_s = boot.config.worker_probe_interval_ms / 1e3
+        counts = boot.config.count_batch_sizes
+        self._sizes = BatchSizes(len(model.moe_layers), model.experts) if counts else None
         self._pairs = np.zeros((len(model.moe_layers), model.experts), dtype=np.int64)
         self._rows = torch.empty(boot.config.batch_pairs_max, model.hidden, dtype=getattr(torch, model.dtype))
         self._out = torch.empty_like(self._rows)
@@ -75,7 +80,17 @@ class ExpertService:
         """Counters since the start and pairs per [layer][expert]; called by the control thread."""
         counters = {**self.counters, "clock_s": time.perf_counter()}
         counters["waits_expired"] = float(self._batcher.stats.waits_expired)
+        if self._sizes is not None:
+            counters |= self._sizes.counters()
         return counters, self._pairs.tolist()
+
+    def arm(self, order: Failpoint) -> None:
+        """Die around a batch; called by the control thread."""
+        countdown = Countdown(order.name, order.after)
+        if order.name == "before-batch":
+            wrap(self, "_run", before=lambda _batch: countdown.hit())
+        else:
+            wrap(self._batcher, "batch_done", before=lambda _now_us: countdown.hit())
 
     def serve(self, control: ControlThread) -> None:
         self._poll.register(control.wake_fd, select.EPOLLIN)
@@ -212,6 +227,8 @@ class ExpertService:
         region = self._links[member.key].region
         span = slice(member.first_pair, member.first_pair + member.pairs)
         self.experts.run(member.layer, region.rows[span], region.expert_ids[span], region.results[span])
+        if self._sizes is not None:
+            self._sizes.note(member.layer, region.expert_ids[span].numpy())
 
     def _run_together(self, batch: RunBatch) -> None:
         """Rows of several attention workers, side by side in one kernel call."""
@@ -231,6 +248,8 @@ class ExpertService:
         gathered = time.perf_counter()
         span = slice(0, batch.pairs)
         self.experts.run(batch.layer, self._rows[span], self._ids[span], self._out[span])
+        if self._sizes is not None:
+            self._sizes.note(batch.layer, self._ids[span].numpy())
         computed = time.perf_counter()
         native.scatter_batch(self._out, starts, counts, [region.results for region in regions])
         self.counters["copy_s"] += gathered - start + time.perf_counter() - computed

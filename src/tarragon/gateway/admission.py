@@ -8,26 +8,18 @@ they wait for one, a bounded number of them for a bounded time.
 from __future__ import annotations
 
 import asyncio
-import difflib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from http import HTTPStatus
 from typing import Any, Final, Protocol, get_args
 
-import msgspec
 from pydantic import AliasChoices, BaseModel
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from tarragon.gateway.limits import Limits, check_request
+from tarragon.gateway.refusal import App, Receive, Refusal, Scope, Send, answer
 
 HEALTH_PATHS: Final = frozenset({"/health", "/ping"})
 WITHOUT_WORKER: Final = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
 """Routes that the gateway answers by itself."""
-UNSUPPORTED: Final = frozenset({"kv_transfer_params", "ec_transfer_params"})
-"""Parameters of vLLM's that would steer where a request's state comes from; that is Tarragon's matter."""
-RETRY_AFTER_S: Final = 1
-NAME_CHARACTERS_SHOWN: Final = 100
 
 
 class Workers(Protocol):
@@ -35,15 +27,6 @@ class Workers(Protocol):
 
     available: asyncio.Event
     was_available: bool
-
-
-class Refusal(Exception):
-    """An answer instead of the one asked for."""
-
-    def __init__(self, status: HTTPStatus, message: str, parameter: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.parameter = parameter
 
 
 class Admission:
@@ -56,19 +39,19 @@ class Admission:
         workers: Workers,
         parameters: Mapping[str, frozenset[str]],
         body_bytes_max: int,
-        texts_max: int,
+        limits: Limits,
         waiting_max: int,
         wait_s: float,
     ) -> None:
         """``parameters`` has the known names for each POST route with a JSON body (see known_parameters).
 
-        ``texts_max`` bounds a request's ``n``; ``waiting_max`` requests may wait ``wait_s`` for a worker.
+        ``waiting_max`` requests may wait ``wait_s`` for a worker.
         """
         self._app = app
         self._workers = workers
         self._parameters = parameters
         self._body_bytes_max = body_bytes_max
-        self._texts_max = texts_max
+        self._limits = limits
         self._waiting_max = waiting_max
         self._wait_s = wait_s
         self._waiting = 0
@@ -93,7 +76,7 @@ class Admission:
         body = await self._read(scope, receive)
         known = self._parameters.get(path)
         if known is not None:
-            check_parameters(body, known, self._texts_max)
+            check_request(body, known, self._limits)
             if path not in WITHOUT_WORKER:
                 await self._wait_for_worker()
         return replay(body, receive)
@@ -144,33 +127,6 @@ class Admission:
                 return b"".join(chunks)
 
 
-def check_parameters(body: bytes, known: frozenset[str], texts_max: int) -> None:
-    """Raise Refusal if ``body`` is a JSON object with a name not in ``known``, or with ``n > texts_max``.
-
-    Whatever else may be wrong with it is vLLM's matter.
-    """
-    try:
-        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except RecursionError as error:
-        raise Refusal(HTTPStatus.BAD_REQUEST, "the body is nested too deeply") from error
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return
-    for name in given:
-        if name not in known:
-            shown = name[:NAME_CHARACTERS_SHOWN]
-            close = difflib.get_close_matches(shown, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise Refusal(HTTPStatus.BAD_REQUEST, f"unknown parameter {shown!r}{hint}", shown)
-        if name in UNSUPPORTED and bytes(given[name]) != b"null":
-            raise Refusal(HTTPStatus.BAD_REQUEST, f"{name} is not supported", name)
-    try:
-        texts = msgspec.json.decode(given.get("n", msgspec.Raw(b"1")), type=int)
-    except msgspec.DecodeError:
-        return
-    if texts > texts_max:
-        raise Refusal(HTTPStatus.BAD_REQUEST, f"n must be at most {texts_max}, but is {texts}", "n")
-
-
 def known_parameters(routes: Iterable[Any]) -> dict[str, frozenset[str]]:
     """Return, for each POST route whose body is a pydantic model or several, the names it understands."""
     found = {}
@@ -207,18 +163,3 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive_again
-
-
-async def answer(send: Send, refusal: Refusal) -> None:
-    """Send an error in the form of OpenAI's API."""
-    error = {
-        "message": str(refusal),
-        "type": refusal.status.phrase,
-        "param": refusal.parameter,
-        "code": refusal.status.value,
-    }
-    headers = [(b"content-type", b"application/json")]
-    if refusal.status is HTTPStatus.SERVICE_UNAVAILABLE:
-        headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
-    await send({"type": "http.response.start", "status": refusal.status.value, "headers": headers})
-    await send({"type": "http.response.body", "body": msgspec.json.encode({"error": error})})

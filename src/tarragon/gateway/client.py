@@ -19,6 +19,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from tarragon import tracing
 from tarragon.boot import Boot
 from tarragon.gateway import wire
 from tarragon.gateway.links import Link
@@ -52,6 +53,7 @@ class Client(EngineCoreClient):  # type: ignore[misc]
             wait_s=config.attention_unavailable_timeout_s,
             draw_seed=lambda: secrets.randbits(SEED_BITS),
             on_stall=lambda seconds: self.on_stall(seconds),
+            watcher=tracing.watcher(config.otlp_traces_endpoint),
         )
         self.prober = Prober(boot, self.streams.owes, self._hangs)
         self.pace = Pace(config.report_interval_ms / 1e3)
@@ -155,9 +157,9 @@ class Client(EngineCoreClient):  # type: ignore[misc]
         worker_id = link.peer.worker_id
         self.prober.heard(worker_id)
         match message:
-            case wire.Outputs(attempts=attempts, outputs=outputs):
+            case wire.Outputs(attempts=attempts, outputs=outputs, resumed=resumed):
                 now_s = time.monotonic()
-                accepted = self.streams.accept(worker_id, attempts, outputs.outputs, now_s)
+                accepted = self.streams.accept(worker_id, attempts, outputs.outputs, now_s, resumed)
                 for output in accepted:
                     self.pace.sent(output.request_id, len(output.new_token_ids), now_s)
                 refused = [output for output in accepted if _refusal(output)]

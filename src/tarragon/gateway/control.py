@@ -22,6 +22,7 @@ from tarragon.messages import (
     Hello,
     Peer,
     Peers,
+    Probing,
     ProtocolError,
     Ready,
     Refused,
@@ -100,6 +101,8 @@ class Control:
                 self._client.set_peers(peers)
             case Drain(worker_id=worker_id):
                 self._client.drain(worker_id)
+            case Probing(enabled=enabled):
+                self._client.prober.enable(enabled)
             case Stop(reason=reason):
                 self._on_stop(f"told to stop: {reason}" if reason else "told to stop")
                 return False

@@ -19,7 +19,7 @@ _APPLIES: Final = """
     enable_tokenizer_info_endpoint exclude_tools_when_tool_choice_none fingerprint_mode fingerprint_value
     h11_max_header_count h11_max_incomplete_event_size log_error_stack max_log_len middleware
     response_role return_tokens_as_token_ids root_path sse_keep_alive_interval ssl_ca_certs ssl_cert_reqs
-    ssl_certfile ssl_ciphers ssl_keyfile tool_call_parser tool_parser_plugin tool_strict_level
+    ssl_ciphers tool_call_parser tool_parser_plugin tool_strict_level
     trust_request_chat_template uvicorn_log_level
 
     dtype enforce_eager generation_config logprobs_mode max_logprobs max_model_len
@@ -57,6 +57,8 @@ OWN: Final[Mapping[str, str]] = {
     "model_tag": "the model is the first argument of `tarragon serve`",
     "num_gpu_blocks_override": "--kv-cache-bytes sets the size of each attention worker's KV cache",
     "port": "Tarragon's own --port sets the port",
+    "ssl_certfile": "Tarragon's own --ssl-certfile sets the certificate",
+    "ssl_keyfile": "Tarragon's own --ssl-keyfile sets the certificate's key",
     "shutdown_timeout": "--shutdown-grace-s sets how long a worker may take to stop",
 }
 """Set by Tarragon itself: what to do instead, or why there is no choice."""

@@ -6,7 +6,6 @@ import argparse
 import difflib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -133,6 +132,7 @@ def serve_args(boot: Boot) -> argparse.Namespace:
     """Return the arguments of vLLM's API server: defaults, the user's flags, and Tarragon's own on top."""
     config = boot.config
     folder = Path(boot.model)
+    certificate = {"certfile": config.ssl_certfile, "keyfile": config.ssl_keyfile}
     own = (
         f"--model={boot.model}",
         f"--host={config.host}",
@@ -143,6 +143,8 @@ def serve_args(boot: Boot) -> argparse.Namespace:
         "--no-trust-remote-code",
         f"--kv-cache-memory-bytes={config.kv_cache_bytes_granted}",
         "--shutdown-timeout=0",
+        *(f"--ssl-{name}={file}" for name, file in certificate.items() if file),
+        *([f"--otlp-traces-endpoint={config.otlp_traces_endpoint}"] if config.otlp_traces_endpoint else []),
     )
     limits = (f"--max-num-queued-reqs={config.requests_live_max}",)
     names = ("--served-model-name", folder.name, *([boot.model] if boot.model != folder.name else []))
@@ -186,13 +188,3 @@ def check_model(folder: Path) -> None:
             raise ModelRefused(
                 f"{folder} is a multimodal model ({name}), which is not supported: requests are text only."
             )
-
-
-def check_exposure(config: Config, argv: Sequence[str]) -> None:
-    """Raise FlagError if the gateway would listen beyond this host (not the default) without an API key."""
-    try:
-        local = config.host == "localhost" or ip_address(config.host).is_loopback
-    except ValueError:
-        local = False
-    if not local and not parse(argv).api_key:
-        raise FlagError(f"--host {config.host} is refused without --api-key: anybody could send requests.")

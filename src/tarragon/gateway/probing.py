@@ -31,6 +31,7 @@ class Prober:
         self._owes = owes
         self._on_failed = on_failed
         self._watched: dict[str, _Watched] = {}
+        self._enabled = True
 
     @property
     def watched(self) -> list[str]:
@@ -54,8 +55,16 @@ class Prober:
 
     def arm(self) -> None:
         """To be called after anything that may have made a worker owe outputs."""
+        if self._enabled:
+            for watched in self._watched.values():
+                watched.arm()
+
+    def enable(self, enabled: bool) -> None:
+        """Whether silent workers are probed from now on."""
+        self._enabled = enabled
         for watched in self._watched.values():
-            watched.arm()
+            watched.rest()
+        self.arm()
 
 
 class _Watched:
@@ -83,6 +92,12 @@ class _Watched:
         """Start the timer if there is something to wait for; it stops by itself."""
         if self._timer is None and self.channel is not None and self._owes(self._peer.worker_id):
             self._ask()
+
+    def rest(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     # ------------------------------------------------------------------ the channel
 
@@ -125,9 +140,7 @@ class _Watched:
         return ProbeChannel(connection.sock, peer.epoch)
 
     def _drop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self.rest()
         if self.channel is not None:
             if self.channel.fileno() >= 0:
                 self._loop.remove_reader(self.channel.fileno())

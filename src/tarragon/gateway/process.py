@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -21,45 +22,56 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.loggers import StatLoggerManager
 
+from tarragon import tracing
 from tarragon.boot import Boot
-from tarragon.gateway import flags, wire
+from tarragon.gateway import flags, grammar_zygote, wire
 from tarragon.gateway.admission import Admission, known_parameters
-from tarragon.gateway.authentication import deny_by_default
+from tarragon.gateway.authentication import guarded
 from tarragon.gateway.client import Client, RequestFailed
 from tarragon.gateway.control import Control
+from tarragon.gateway.grammar_trials import GrammarTrials
+from tarragon.gateway.limits import Limits
 from tarragon.gateway.metrics import GatewayCollector
+from tarragon.gateway.route_table import only_served
+from tarragon.security import exposure
+from tarragon.security.keys import api_keys
 
 TASKS: Final = ("generate",)
-ROUTES_REMOVED: Final = frozenset({"/invocations", "/scale_elastic_ep", "/is_scaling_elastic_ep"})
-"""vLLM's routes that would act on an engine of its own, or that pass requests by the checks of admission."""
 STARTED_POLL_S: Final = 0.005
 
 
 def main(boot: Boot) -> None:
     """Serve until told to stop. Raises FlagError, ModelRefused or OSError if it cannot start."""
     torch.set_num_threads(1)  # the cores belong to the workers
-    flags.check_exposure(boot.config, boot.engine_args)
+    exposure.check(boot.config, boot.engine_args)
     args = flags.serve_args(boot)
+    vllm_config = flags.engine_config(boot)
+    zygote = grammar_zygote.fork(boot.config, lambda: grammar_zygote.vllm_compiler(vllm_config))
     listen_address, sock = setup_server(args, reuse_port=False)
     try:
-        uvloop.run(serve(boot, args, listen_address, sock))
+        uvloop.run(serve(boot, args, vllm_config, listen_address, sock, zygote))
     finally:
         sock.close()
+        zygote.close()
 
 
-async def serve(boot: Boot, args: Namespace, listen_address: str, sock: Any) -> None:
+async def serve(
+    boot: Boot, args: Namespace, vllm_config: Any, listen_address: str, sock: Any, zygote: socket.socket
+) -> None:
     """Build the server and run it; accepts connections before any attention worker is ready."""
-    vllm_config = flags.engine_config(boot)
     client = Client(boot, vllm_config.model_config.max_model_len)
     engine = build_engine(vllm_config, args, client)
+    engine.trials = GrammarTrials(zygote)
     for handler in logging.getLogger("vllm").handlers:
         handler.addFilter(QuietFailures())
     app = build_app(args, TASKS, vllm_config.model_config)
-    app.router.routes[:] = [
-        route for route in app.router.routes if getattr(route, "path", None) not in ROUTES_REMOVED
-    ]
+    app.router.routes[:] = only_served(app.router.routes)
     # Appended, not added: the innermost middleware runs after authentication.
-    app.user_middleware[:] = [*deny_by_default(app.user_middleware), admission(boot, client, app)]
+    keys = (*api_keys(boot.config), *(args.api_key or ()), os.environ.get(exposure.VLLM_API_KEY, ""))
+    app.user_middleware[:] = [
+        *guarded(app.user_middleware, [key for key in keys if key], args.allowed_origins),
+        admission(boot, client, app),
+    ]
     app.middleware_stack = None  # to be built anew with the first request
     await init_app_state(engine, app.state, args, TASKS)
     control = Control(boot, listen_address, client, on_stop=stop)
@@ -70,15 +82,26 @@ async def serve(boot: Boot, args: Namespace, listen_address: str, sock: Any) -> 
         await shutdown
     finally:
         running.cancel()
+        tracing.close()
 
 
-def build_engine(vllm_config: Any, args: Namespace, client: Client) -> AsyncLLM:
+class Engine(AsyncLLM):  # type: ignore[misc]
+    """vLLM's front end, which sees no grammar that was not tried before."""
+
+    trials: GrammarTrials
+
+    async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        await self.trials.check(params)
+        return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+
+def build_engine(vllm_config: Any, args: Namespace, client: Client) -> Engine:
     """Return vLLM's asynchronous front end over ``client``; there is no engine in this process."""
     EngineCoreClient.make_async_mp_client = staticmethod(lambda *_args, **_kwargs: client)
     describe = StatLoggerManager.log_engine_initialized
     # vLLM describes its KV cache in the metrics at once; ours is known with the first worker.
     StatLoggerManager.log_engine_initialized = lambda _self: None
-    engine = AsyncLLM.from_vllm_config(
+    engine: Engine = Engine.from_vllm_config(
         vllm_config=vllm_config,
         enable_log_requests=args.enable_log_requests,
         aggregate_engine_logging=args.aggregate_engine_logging,
@@ -122,7 +145,7 @@ def admission(boot: Boot, client: Client, app: Any) -> Middleware:
         workers=client,
         parameters=known_parameters(app.routes),
         body_bytes_max=config.http_body_bytes_max,
-        texts_max=config.texts_per_request_max,
+        limits=Limits.of(config),
         waiting_max=config.request_queue_max,
         wait_s=config.attention_unavailable_timeout_s,
     )

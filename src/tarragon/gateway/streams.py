@@ -18,7 +18,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
 from tarragon.gateway.balance import Load, choose
 from tarragon.gateway.continuing import as_continuation, for_another_worker, with_seed
-from tarragon.gateway.wire import Abort, Add, Origin
+from tarragon.gateway.watcher import Watcher
+from tarragon.gateway.wire import Abort, Add, Origin, Resumed
 
 SUSPECT_DEATHS: Final = 2
 """So many workers lost under a request without a token in between make it a suspect: it may be the cause."""
@@ -115,6 +116,7 @@ class Streams:
         wait_s: float,
         draw_seed: Callable[[], int],
         on_stall: Callable[[float], None] = lambda _seconds: None,
+        watcher: Watcher | None = None,
     ) -> None:
         """``on_stall`` is told, at the first token after a loss, the seconds since the loss was noticed."""
         self.live: dict[str, Stream] = {}
@@ -138,6 +140,7 @@ class Streams:
         self._wait_s = wait_s
         self._draw_seed = draw_seed
         self._on_stall = on_stall
+        self._watcher = watcher or Watcher()
 
     @property
     def takers(self) -> dict[str, Load]:
@@ -161,6 +164,7 @@ class Streams:
         self.counters.requests += 1
         stream = Stream(with_seed(request, self._draw_seed))
         self.live[stream.request_id] = stream
+        self._watcher.began(stream)
         return self._assign(stream, now_s)
 
     def abort(self, request_ids: Iterable[str]) -> list[Action]:
@@ -170,17 +174,22 @@ class Streams:
             if stream is not None:
                 if stream.owner is not None:
                     self._aborts.setdefault(stream.owner, {})[request_id] = stream.attempt
-                self._forget(stream)
+                self._forget(stream, "abort")
         return self.due()
 
     def accept(
-        self, worker: str, attempts: Mapping[str, int], outputs: Sequence[EngineCoreOutput], now_s: float
+        self,
+        worker: str,
+        attempts: Mapping[str, int],
+        outputs: Sequence[EngineCoreOutput],
+        now_s: float,
+        resumed: Mapping[str, Resumed] = {},
     ) -> list[EngineCoreOutput]:
         """Return those outputs of ``worker`` that may reach the client; they count as sent.
 
         Then call ``due``.
         """
-        return [output for output in outputs if self._accepts(worker, attempts, output, now_s)]
+        return [output for output in outputs if self._accepts(worker, attempts, output, now_s, resumed)]
 
     def due(self) -> list[Action]:
         """Return what outputs or ends have made possible: aborts of old attempts, the next suspect's turn."""
@@ -218,7 +227,7 @@ class Streams:
             stream = self.live[request_id]
             stream.held = [(holder, attempt) for holder, attempt in stream.held if holder != worker]
         orphans = [stream for stream in self.live.values() if stream.owner == worker]
-        actions = [action for stream in orphans for action in self._recover(stream, cause, now_s)]
+        actions = [action for stream in orphans for action in self._recover(stream, kind, cause, now_s)]
         del self._epochs[worker]
         return actions + self.due()
 
@@ -245,10 +254,11 @@ class Streams:
 
     # ------------------------------------------------------------------ decisions
 
-    def _recover(self, stream: Stream, cause: str, now_s: float) -> list[Action]:
+    def _recover(self, stream: Stream, kind: str, cause: str, now_s: float) -> list[Action]:
         """Decide what becomes of a request whose worker is lost."""
         worker = stream.owner
         assert worker is not None
+        self._watcher.lost(stream, kind, cause)
         self._seal(stream)
         stream.failovers += 1
         if stream.lost_s is None:
@@ -267,6 +277,7 @@ class Streams:
         self._held.setdefault(worker, set()).add(stream.request_id)
         stream.held.append((worker, stream.attempt))
         self.loads[worker].remove(stream.request_id)
+        self._watcher.lost(stream, "drained", f"{worker} is drained")
         self._seal(stream)
         self.counters.moved += 1
         return self._assign(stream, now_s)
@@ -277,6 +288,7 @@ class Streams:
         attempt = Origin(stream.owner, self._epochs[stream.owner], stream.attempt)
         stream.origins = [attempt, *stream.origins][: max(1, self._failovers_max)]
         stream.owner = None
+        self._watcher.sealed(stream)
         if self._alone == stream.request_id:
             self._alone = None
 
@@ -293,6 +305,7 @@ class Streams:
         stream.owner = worker
         stream.delivered = False
         self.loads[worker].add(stream.request_id, stream.tokens)
+        self._watcher.assigned(stream, self._epochs[worker])
         request, origins = for_another_worker(stream.request, stream.sent, stream.origins)
         return [Send(worker, Add(stream.attempt, request, list(stream.sent), origins))]
 
@@ -317,7 +330,12 @@ class Streams:
         )
 
     def _accepts(
-        self, worker: str, attempts: Mapping[str, int], output: EngineCoreOutput, now_s: float
+        self,
+        worker: str,
+        attempts: Mapping[str, int],
+        output: EngineCoreOutput,
+        now_s: float,
+        resumed: Mapping[str, Resumed],
     ) -> bool:
         stream = self.live.get(output.request_id)
         if stream is None:
@@ -329,15 +347,16 @@ class Streams:
         if stream.attempt > 1:
             as_continuation(output, anew=not stream.sent)
         if output.new_token_ids and not stream.delivered:
-            self._first_token(stream, worker, now_s)
+            self._first_token(stream, worker, now_s, resumed.get(stream.request_id))
         stream.sent.extend(output.new_token_ids)
         if output.finish_reason is not None:
-            self._forget(stream)
+            self._forget(stream, str(output.finish_reason))
         return True
 
-    def _first_token(self, stream: Stream, worker: str, now_s: float) -> None:
+    def _first_token(self, stream: Stream, worker: str, now_s: float, resumed: Resumed | None) -> None:
         """The current attempt delivers: it is no suspect, and older attempts are of no use any more."""
         stream.delivered = True
+        self._watcher.delivered(stream, resumed)
         stream.failovers = 0
         stream.origins = []
         self._release(stream)
@@ -357,11 +376,12 @@ class Streams:
 
     def _fail(self, stream: Stream, message: str, *, harmful: bool = False) -> Fail:
         self.counters.failed += 1
-        self._forget(stream)
+        self._forget(stream, "error", message)
         return Fail(stream.request_id, message, harmful)
 
-    def _forget(self, stream: Stream) -> None:
+    def _forget(self, stream: Stream, outcome: str, error: str = "") -> None:
         del self.live[stream.request_id]
+        self._watcher.ended(stream, outcome, error)
         self.waiting.pop(stream.request_id, None)
         if self._alone == stream.request_id:
             self._alone = None

@@ -106,11 +106,24 @@ class Abort(msgspec.Struct, frozen=True):
     attempts: dict[str, _UNSIGNED]
 
 
-class Outputs(msgspec.Struct, frozen=True):
-    """Worker -> gateway: the outcome of one engine step; ``attempts`` has every request id of it."""
+class Resumed(msgspec.Struct, frozen=True, array_like=True):
+    """How a request that came from elsewhere went on: positions of it that needed no computing."""
+
+    restored: _UNSIGNED = 0
+    """Taken from an earlier attempt's checkpoint."""
+    cached: _UNSIGNED = 0
+    """Found in the worker's own prefix cache."""
+
+
+class Outputs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Worker -> gateway: the outcome of one engine step; ``attempts`` has every request id of it.
+
+    ``resumed`` has those whose first output since they came from elsewhere is in it.
+    """
 
     attempts: dict[str, _UNSIGNED]
     outputs: EngineCoreOutputs
+    resumed: dict[str, Resumed] = {}
 
 
 class Stats(msgspec.Struct, frozen=True):

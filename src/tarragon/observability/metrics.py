@@ -1,29 +1,48 @@
 """The cluster's own metrics for Prometheus, on the admin listener; the gateway's /metrics has the engine's.
 
-Everything comes from the status, so that the two never disagree: what workers count and report, who is in
-which state, and what of the experts is covered.
+Everything comes from the status and the latest sample of the history, so that they never disagree: what
+workers count and report, who is in which state, and what of the experts is covered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4"
 STATES: Final = ("starting", "healthy", "suspect", "dead", "draining")
-_GAUGES: Final = frozenset({"bucket", "clock_s", "probe_channels", "probe_realtime", "streams_live"})
+UNPROTECTED: Final = "requests_unprotected"
+_GAUGES: Final = frozenset(
+    {
+        "bucket",
+        "buckets",
+        "buckets_dead",
+        "bytes_reserved",
+        "bytes_touched",
+        "clients",
+        "clients_waiting",
+        "clock_s",
+        "needs_checkpoints",
+        "probe_channels",
+        "probe_realtime",
+        "requests_behind",
+        "streams_live",
+        UNPROTECTED,
+    }
+)
 """Counters of reports that go up and down."""
 
 
 class _Status:
-    """A collector over one status."""
+    """A collector over one status and one sample of the history."""
 
-    def __init__(self, status: dict[str, Any]) -> None:
-        self._status = status
+    def __init__(self, status: dict[str, Any], sample: Mapping[str, Any]) -> None:
+        self._status, self._sample = status, sample
 
     def collect(self) -> Iterator[Metric]:
         status = self._status
@@ -34,14 +53,73 @@ class _Status:
         yield GaugeMetricFamily(
             "tarragon_ert_version", "Version of the expert routing table.", value=status["ert_version"]
         )
+        yield from self._experts()
+        yield from self._protection()
+        yield from self._failures()
+        yield from self._provisioning()
+        yield from self._workers()
+        yield from self._counters()
+
+    def _experts(self) -> Iterator[Metric]:
+        counts = self._status["experts"]
         experts = GaugeMetricFamily(
             "tarragon_experts", "Logical experts: all, with a loaded shadow, without a host.", labels=["kind"]
         )
         for kind in ("total", "with_shadow", "unreachable"):
-            experts.add_metric([kind], status["experts"][kind])
+            experts.add_metric([kind], counts[kind])
         yield experts
-        yield from self._workers()
-        yield from self._counters()
+        yield GaugeMetricFamily(
+            "tarragon_shadow_coverage_ratio",
+            "Part of the logical experts that has a loaded shadow.",
+            value=counts["with_shadow"] / max(1, counts["total"]),
+        )
+
+    def _protection(self) -> Iterator[Metric]:
+        counters = [worker.get("counters", {}) for worker in self._status["workers"]]
+        yield GaugeMetricFamily(
+            "tarragon_unprotected_requests",
+            "Running texts whose K,V rows no checkpoint holds.",
+            value=sum(found.get(UNPROTECTED, 0.0) for found in counters),
+        )
+        lag_ms = self._sample.get("checkpoint_lag_ms") or 0.0  # None while no step is run: nothing waits
+        yield GaugeMetricFamily(
+            "tarragon_checkpoint_lag_seconds",
+            "How long a step's tokens wait for their rows to be committed, at the slowest worker.",
+            value=lag_ms / 1e3,
+        )
+
+    def _failures(self) -> Iterator[Metric]:
+        failovers = CounterMetricFamily(
+            "tarragon_failovers",
+            "Workers whose work others took over, by role and cause; the gateway counts attention workers.",
+            labels=["role", "cause"],
+        )
+        for cause, count in self._status.get("failures", {}).get("expert", {}).items():
+            failovers.add_metric(["expert", cause], count)
+        yield failovers
+        deaths = CounterMetricFamily(
+            "tarragon_worker_deaths", "Workers lost after they were ready.", labels=["role", "cause"]
+        )
+        for role, causes in self._status.get("failures", {}).items():
+            for cause, count in causes.items():
+                deaths.add_metric([role, cause], count)
+        yield deaths
+        refused = CounterMetricFamily(
+            "tarragon_refused", "Messages and events that the orchestrator did not accept.", labels=["reason"]
+        )
+        for reason, count in self._status.get("refused", {}).items():
+            refused.add_metric([reason], count)
+        yield refused
+
+    def _provisioning(self) -> Iterator[Metric]:
+        seconds = HistogramMetricFamily(
+            "tarragon_provisioning_seconds", "From a worker's start to its being ready.", labels=["role"]
+        )
+        for role, found in self._status.get("provisioning", {}).items():
+            cumulated = accumulate(found["counts"].values())
+            buckets = list(zip(found["counts"], map(float, cumulated), strict=True))
+            seconds.add_metric([role], buckets, found["sum_s"])
+        yield seconds
 
     def _workers(self) -> Iterator[Metric]:
         states = GaugeMetricFamily(
@@ -78,8 +156,8 @@ class _Status:
         yield from families.values()
 
 
-def exposition(status: dict[str, Any]) -> bytes:
-    """The body of GET /metrics for a status as GET /status has it."""
+def exposition(status: dict[str, Any], sample: Mapping[str, Any] | None = None) -> bytes:
+    """The body of GET /metrics for a status as GET /status has it, and the latest sample of GET /history."""
     registry = CollectorRegistry()
-    registry.register(_Status(status))
+    registry.register(_Status(status, sample or {}))
     return generate_latest(registry)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import signal
 
 from tarragon.checkpoint.mode import parse as parse_mode
-from tarragon.messages import Checkpointing, Drain, SignalWorker
+from tarragon.failpoints import NAMES
+from tarragon.messages import Checkpointing, Drain, Failpoint, Probing, SignalWorker
 from tarragon.orchestrator.actions import Action, ToAgent
 from tarragon.orchestrator.membership import MembershipError, Worker
 from tarragon.orchestrator.recovery import PREFIXES, Leave, Recovery, WorkerRole, note, send
@@ -59,14 +60,35 @@ class Commands:
         worker_id = f"{PREFIXES[role]}-{max(numbers, default=-1) + 1}"
         return worker_id, self._recovery.start(worker_id, role, now_s)
 
-    def checkpointing(self, mode: str) -> list[Action]:
+    def checkpointing(self, mode: str, reprotect: bool = True) -> list[Action]:
         """Have all attention workers that live checkpoint in another way. Raises MembershipError."""
         try:
             parse_mode(mode)
         except ValueError as error:
             raise MembershipError(str(error)) from error
         workers = [w for w in self._membership.by_role("attention") if w.state == "healthy"]
-        return [send(worker, Checkpointing(mode=mode)) for worker in workers]
+        return [send(worker, Checkpointing(mode=mode, reprotect=reprotect)) for worker in workers]
+
+    def protection(self, probing: bool, shadow_replicas: int, now_s: float) -> list[Action]:
+        """Switch probing, and have so many shadows of every expert; who joins later probes all the same."""
+        recovery, membership = self._recovery, self._membership
+        peers = [w for role in ("attention", "gateway") for w in membership.by_role(role) if w.connected]
+        actions: list[Action] = [send(worker, Probing(enabled=probing)) for worker in peers]
+        if shadow_replicas != recovery.planner.replicas:
+            recovery.planner.replicas = shadow_replicas
+            recovery.residency.aim(recovery.planner.again(recovery.residency.target))
+        return actions + recovery.settle(now_s)
+
+    def failpoint(self, worker_id: str, name: str, after: int) -> list[Action]:
+        """Have a worker die the ``after``-th time that it comes by a named place. Raises MembershipError."""
+        if not self._recovery.config.failpoints:
+            raise MembershipError("this cluster was started without --failpoints")
+        worker = self._membership.kill(worker_id)
+        names = NAMES.get(worker.role, ())
+        if name not in names:
+            raise MembershipError(f"{worker_id} has no failpoint {name}; it has {', '.join(names) or 'none'}")
+        order = Failpoint(name=name, after=after)
+        return [note(worker, "failpoint", f"{name}, time {after}"), send(worker, order)]
 
     def dead(self) -> list[str]:
         """Workers that do not run now, given up or waiting to be started again."""

@@ -87,6 +87,8 @@ class Transition:
     before: WorkerState
     after: WorkerState
     cause: str
+    kind: str = ""
+    """Why it is dead, in one word: closed, exited, hung, silent, suspected, late, removed."""
 
 
 class Membership:
@@ -210,7 +212,9 @@ class Membership:
             return None
         worker.suspected_by.add(by)
         if judges and judges <= worker.suspected_by:
-            return self._die(worker, f"suspected by {', '.join(sorted(i for i, _ in judges))}: {cause}")
+            return self._die(
+                worker, f"suspected by {', '.join(sorted(i for i, _ in judges))}: {cause}", "suspected"
+            )
         if worker.state == "starting":
             return None
         return self._move(worker, "suspect", f"{by[0]}: {cause}")
@@ -223,7 +227,7 @@ class Membership:
         worker.probes_missed += 1
         if worker.probes_missed < self._probe_misses_max:
             return None
-        return self._die(worker, f"suspected ({worker.cause}) and silent")
+        return self._die(worker, f"suspected ({worker.cause}) and silent", "silent")
 
     def withdrawn(self, worker_id: str, epoch: int, by: Incarnation) -> None:
         """That peer is connected to the worker again."""
@@ -234,12 +238,12 @@ class Membership:
     def unresponsive(self, worker_id: str, epoch: int, cause: str) -> Transition | None:
         """The worker's process is there, but does not answer the orchestrator, or does no work."""
         worker = self.current(worker_id, epoch)
-        return None if worker is None or not worker.serving else self._die(worker, cause)
+        return None if worker is None or not worker.serving else self._die(worker, cause, "hung")
 
     def too_late(self, worker_id: str, epoch: int, cause: str) -> Transition | None:
         """The worker did not become ready in time."""
         worker = self.current(worker_id, epoch)
-        return None if worker is None or worker.state != "starting" else self._die(worker, cause)
+        return None if worker is None or worker.state != "starting" else self._die(worker, cause, "late")
 
     def connection_lost(
         self, worker_id: str, epoch: int, cause: str = "connection lost"
@@ -249,7 +253,7 @@ class Membership:
         if known is not None and (epoch < known.epoch or known.state == "dead"):
             return None  # we closed it ourselves, when that incarnation was declared dead
         worker = self.current(worker_id, epoch)
-        return None if worker is None else self._die(worker, cause)
+        return None if worker is None else self._die(worker, cause, "closed")
 
     def exited(self, worker_id: str, epoch: int, cause: str) -> Transition | None:
         """The node agent reaped the process. News of a former incarnation is expected, and no refusal."""
@@ -260,7 +264,7 @@ class Membership:
             worker.cause = cause  # the words of the node agent say more than "connection lost"
             return None
         worker = self.current(worker_id, epoch)
-        return None if worker is None else self._die(worker, cause)
+        return None if worker is None else self._die(worker, cause, "exited")
 
     def drain(self, worker_id: str) -> Transition:
         """Planned leave; raises MembershipError if the worker cannot be spared or is not healthy."""
@@ -281,7 +285,7 @@ class Membership:
         worker = self.known(worker_id)
         if worker.state == "dead":
             raise MembershipError(f"{worker_id} is dead already")
-        return self._die(worker, cause)
+        return self._die(worker, cause, "removed")
 
     def kill(self, worker_id: str) -> Worker:
         """The incarnation that a signal is meant for. The signal itself changes no state: its effect will.
@@ -300,14 +304,14 @@ class Membership:
 
     # ------------------------------------------------------------------ inside
 
-    def _die(self, worker: Worker, cause: str) -> Transition:
+    def _die(self, worker: Worker, cause: str, kind: str) -> Transition:
         worker.connected = False
-        moved = self._move(worker, "dead", cause)
+        moved = self._move(worker, "dead", cause, kind)
         assert moved is not None
         return moved
 
-    def _move(self, worker: Worker, after: WorkerState, cause: str) -> Transition | None:
+    def _move(self, worker: Worker, after: WorkerState, cause: str, kind: str = "") -> Transition | None:
         before, worker.state, worker.cause = worker.state, after, cause
         if before == after:
             return None
-        return Transition(worker.worker_id, worker.role, worker.epoch, before, after, cause)
+        return Transition(worker.worker_id, worker.role, worker.epoch, before, after, cause, kind)

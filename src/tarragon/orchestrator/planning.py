@@ -24,6 +24,8 @@ class Planner:
 
     def __init__(self, config: Config, shape: ExpertShape) -> None:
         self.usage = ExpertUsage(shape.layers, shape.experts)
+        self.replicas = config.shadow_replicas
+        """Shadows wanted of every expert."""
         self._config, self._shape = config, shape
 
     @property
@@ -44,6 +46,10 @@ class Planner:
         """The placement with one worker less. Raises PlacementError."""
         return self._place([i for i in current.workers if i != worker_id], current)
 
+    def again(self, current: Placement) -> Placement:
+        """The placement on the same workers, as far as what is wanted has changed. Raises PlacementError."""
+        return self._place(current.workers, current)
+
     def _place(self, members: Iterable[str], current: Placement | None) -> Placement:
         budget = self._config.expert_memory_bytes_max
         return place(
@@ -51,7 +57,7 @@ class Planner:
             experts=self._shape.experts,
             workers=[WorkerBudget(i, budget) for i in sorted(members, key=id_order)],
             expert_bytes=self._shape.expert_bytes,
-            replicas=self._config.shadow_replicas,
+            replicas=self.replicas,
             usage=self.usage.totals(),
             current=current,
             load_ratio_max=self._config.expert_load_ratio_max,

@@ -37,6 +37,8 @@ class Prober:
         self._boot = boot
         self._on_answer, self._on_failed = on_answer, on_failed
         self._targets: dict[tuple[str, int], _Target] = {}
+        self.enabled = True
+        """Off, nothing is asked; who joins or leaves is followed all the same."""
 
     def tick(self, serving: Iterable[Peer]) -> None:
         """Follow exactly these workers, and do what is due; to be called more often than probes are sent."""
@@ -45,6 +47,8 @@ class Prober:
             self._targets.pop(gone).close()
         for key in peers.keys() - self._targets.keys():
             self._targets[key] = _Target(self._boot, peers[key])
+        if not self.enabled:
+            return
         now_us = _now_us()
         for (worker_id, epoch), target in list(self._targets.items()):
             was_suspect = target.suspect

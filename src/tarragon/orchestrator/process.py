@@ -46,6 +46,8 @@ from tarragon.routing.placement import PlacementError
 from tarragon.transport.local import AsyncConnection, serve_async
 
 AGENT: Final = "agent"
+ALARMING: Final = frozenset({"suspect", "dead", "given up", "backoff", "refused", "placement"})
+"""Kinds of notes that are logged as warnings."""
 BEATS: Final = 10
 """Signs of life within the time of silence after which the node agent replaces us."""
 EXIT_USAGE: Final = 2
@@ -241,7 +243,8 @@ class Orchestrator:
 
     def _note(self, note: Note) -> None:
         self._events.add(note)
-        print(f"{note.worker_id} ({note.epoch}) {note.kind}: {note.text}", file=sys.stderr)
+        level = "WARNING " if note.kind in ALARMING else ""
+        print(f"{level}{note.worker_id} ({note.epoch}) {note.kind}: {note.text}", file=sys.stderr)
 
     # ------------------------------------------------------------------ time and end
 
@@ -342,9 +345,18 @@ class Orchestrator:
         self._carry_out(actions)
         return {"worker_id": worker_id, "state": "starting"}
 
-    def checkpointing(self, mode: str) -> dict[str, Any]:
-        self._carry_out(self._commands.checkpointing(mode))
-        return {"mode": mode}
+    def checkpointing(self, mode: str, reprotect: bool) -> dict[str, Any]:
+        self._carry_out(self._commands.checkpointing(mode, reprotect))
+        return {"mode": mode, "reprotect": reprotect}
+
+    def protection(self, probing: bool, shadow_replicas: int) -> dict[str, Any]:
+        self._carry_out(self._commands.protection(probing, shadow_replicas, self._now_s()))
+        self._prober.enabled = probing
+        return {"probing": probing, "shadow_replicas": shadow_replicas}
+
+    def inject(self, worker_id: str, failpoint: str, after: int) -> dict[str, Any]:
+        self._carry_out(self._commands.failpoint(worker_id, failpoint, after))
+        return {"worker_id": worker_id, "failpoint": failpoint, "after": after}
 
     def apply(self, instruction: str, worker_ids: list[str]) -> dict[str, Any]:
         """A fault-tolerance instruction: what of it was possible has begun when this returns."""

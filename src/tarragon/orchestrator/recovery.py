@@ -49,6 +49,7 @@ from tarragon.orchestrator.relations import peers_of
 from tarragon.orchestrator.residency import NO_VERSION, Order, Residency, Step
 from tarragon.orchestrator.restarts import Restarts
 from tarragon.orchestrator.suspicions import judge
+from tarragon.orchestrator.tally import Tally
 from tarragon.routing.placement import Placement, PlacementError
 from tarragon.routing.table import unreachable
 
@@ -77,12 +78,19 @@ class Recovery:
         self.planner = Planner(config, shape)
         self.membership = Membership(generation, probe_misses_max=config.probe_misses_max)
         # Table versions carry the generation too: a restarted orchestrator's tables are newer ones.
-        self.residency = Residency(self.planner.first(), version=generation << EPOCH_COUNTER_BITS)
+        self.residency = Residency(
+            self.planner.first(),
+            version=generation << EPOCH_COUNTER_BITS,
+            cold_loads=not config.static_routing,
+        )
         self.acked: dict[str, int] = {}
         """Table version in use at each attention worker."""
         self.counters: dict[str, dict[str, float]] = {}
+        self.traffic: dict[str, list[list[float]]] = {}
+        """Of workers that record it: see refe/traffic.py."""
         """Last report of each worker."""
         self.restarts = Restarts(config)
+        self.tally = Tally()
         self.was_ready = False
         self.meant: set[Incarnation] = set()
         self.leaving: dict[str, Leave] = {}
@@ -175,6 +183,8 @@ class Recovery:
                 return actions + (self.settle(now_s) if self._supersede() else [])
             case Report():
                 self.counters[worker_id] = message.counters
+                if message.traffic:
+                    self.traffic[worker_id] = message.traffic
                 if message.expert_pairs and not self.planner.usage.report(
                     worker_id, epoch, message.expert_pairs
                 ):
@@ -223,6 +233,8 @@ class Recovery:
 
     def _on_ready(self, worker: Worker, message: Ready, now_s: float) -> list[Action]:
         moved = self.membership.ready(message, now_s)
+        if moved is not None and not worker.served:
+            self.tally.provisioned(worker.role, now_s - worker.started_s)
         if worker.worker_id in self.residency.holders:
             self.residency.holds(worker.worker_id, message.resident, message.order)
         return self.moved(moved, f"after {now_s - worker.started_s:.1f} s") + self.settle(now_s)
@@ -255,6 +267,8 @@ class Recovery:
         if moved is None or moved.after != "dead":
             return self.moved(moved)
         worker = self.membership.workers[moved.worker_id]
+        if moved.before in ("healthy", "suspect"):
+            self.tally.failed(worker.role, moved.kind)
         actions = [*self.moved(moved), Disconnect(worker.worker_id, worker.epoch)]
         if not exited:  # whatever is left of it ends: SIGTERM, and the node agent's SIGKILL after its grace
             order = SignalWorker(worker_id=worker.worker_id, epoch=worker.epoch, signal=signal.SIGTERM)
@@ -328,6 +342,7 @@ class Recovery:
         self.membership.forget(worker_id)
         self.restarts.forget(worker_id)
         self.counters.pop(worker_id, None)
+        self.traffic.pop(worker_id, None)
         self.leaving.pop(worker_id, None)
 
     def settle(self, now_s: float) -> list[Action]:

@@ -60,8 +60,12 @@ class Step(NamedTuple):
 class Residency:
     """Tables and orders of one cluster. Call ``step`` after whatever changed."""
 
-    def __init__(self, target: Placement, version: int) -> None:
-        """``version`` is the number of the empty table that is in force at first."""
+    def __init__(self, target: Placement, version: int, *, cold_loads: bool = True) -> None:
+        """``version`` is the number of the empty table that is in force at first.
+
+        Without ``cold_loads`` (a baseline) experts of a lost worker wait for its replacement.
+        """
+        self._cold_loads = cold_loads
         self.target = target
         self.holders: dict[str, Holder] = {}
         self.cold: dict[ExpertId, str] = {}
@@ -126,7 +130,8 @@ class Residency:
 
     def step(self) -> Step:
         """Decide the next table and orders; the caller sends them."""
-        self._choose_cold_loads()
+        if self._cold_loads:
+            self._choose_cold_loads()
         wanted = {worker_id: self._wanted(worker_id) for worker_id in self.holders}
         ranked = sorted(self.holders.values(), key=lambda h: (h.draining, id_order(h.peer.worker_id)))
         located = [Located(h.peer, h.resident & set(wanted[h.peer.worker_id])) for h in ranked]

@@ -19,6 +19,10 @@ _FAULT_STATUS: Final[dict[WorkerState, str]] = {
 }
 BUCKET: Final = "bucket"
 """Counter of an attention worker: 1 while its rows reach the checkpoint store's memory."""
+BEHIND: Final = "requests_behind"
+"""Counter of an attention worker: requests that ran without checkpoints and do not have theirs yet."""
+NEEDS_CHECKPOINTS: Final = "needs_checkpoints"
+"""Counter of an attention worker: 1 if computing a request anew may change its text (latent attention)."""
 NO_STORE: Final = "no checkpoint store runs: requests of a failed attention worker are computed again"
 
 
@@ -43,6 +47,7 @@ def status(recovery: Recovery, me: Peer, now_s: float) -> dict[str, Any]:
             "loading_cold": len(recovery.residency.cold),
         },
         "refused": dict(recovery.membership.refused),
+        **recovery.tally.as_dict(),
     }
 
 
@@ -69,14 +74,25 @@ def inexact_reason(membership: Membership) -> str:
 
 def unprotected_reason(recovery: Recovery) -> str:
     """Why the death of an attention worker would cost more than a restoration; "" if it would not."""
-    membership = recovery.membership
-    if not any(worker.state == "healthy" for worker in membership.by_role("store")):
+    serving = [worker for worker in recovery.membership.by_role("attention") if worker.serving]
+    reason = _missing_checkpoints(recovery, [worker.worker_id for worker in serving])
+    counters = (recovery.counters.get(worker.worker_id, {}) for worker in serving)
+    if reason and any(found.get(NEEDS_CHECKPOINTS) for found in counters):
+        return f"{reason}; with latent attention the text may then change"
+    return reason
+
+
+def _missing_checkpoints(recovery: Recovery, serving: list[str]) -> str:
+    if not any(worker.state == "healthy" for worker in recovery.membership.by_role("store")):
         return NO_STORE
-    serving = [worker for worker in membership.by_role("attention") if worker.serving]
     if not serving:
         return "no attention worker is ready"
-    without = [w.worker_id for w in serving if recovery.counters.get(w.worker_id, {}).get(BUCKET) != 1.0]
-    return f"without checkpoints: {', '.join(without)}" if without else ""
+    counters = {worker_id: recovery.counters.get(worker_id, {}) for worker_id in serving}
+    without = [worker_id for worker_id, found in counters.items() if found.get(BUCKET) != 1.0]
+    if without:
+        return f"without checkpoints: {', '.join(without)}"
+    behind = [worker_id for worker_id, found in counters.items() if found.get(BEHIND)]
+    return f"requests that began without checkpoints: {', '.join(behind)}" if behind else ""
 
 
 def routes(table: Table) -> dict[str, Any]:
@@ -130,6 +146,8 @@ def _worker(recovery: Recovery, worker: Worker, now_s: float) -> dict[str, Any]:
     }
     if worker.role == "attention":
         entry["ert_version"] = recovery.acked.get(worker.worker_id)
+        if worker.worker_id in recovery.traffic:
+            entry["traffic"] = recovery.traffic[worker.worker_id]
     if worker.role == "expert":
         holder = recovery.residency.holders.get(worker.worker_id)
         entry["experts_resident"] = 0 if holder is None else len(holder.resident)

@@ -1,20 +1,20 @@
-"""The HTTP interface for operators, on loopback only: who may ask what, and in which form.
+"""The HTTP interface for operators: who may ask what, and in which form.
 
 Every route that is not listed here is denied, and every error is a JSON object whose ``error`` is one
-sentence. A foreign web page must not reach this server through its visitor's browser: the Host header has
-to name this machine (a rebound DNS name does not), a page that asks has to come from here (Origin and
-Sec-Fetch-Site say so), and a POST has to be declared as JSON (which a form cannot).
+sentence. With keys, every route but the dashboard's own files needs one; without, the server listens on
+loopback only. A foreign web page must not reach it through its visitor's browser: on loopback the Host
+header has to name this machine (a rebound DNS name does not), a page that asks has to come from here (Origin
+and Sec-Fetch-Site say so), and a POST has to be declared as JSON (which a form cannot).
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
-from typing import Any, Final, Protocol, TypeVar
+from typing import Annotated, Any, Final, Protocol, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -23,8 +23,12 @@ from tarragon.config import Config
 from tarragon.observability import dashboard, metrics
 from tarragon.orchestrator.membership import MembershipError, UnknownWorkerError
 from tarragon.routing.placement import PlacementError
+from tarragon.security.keys import KeyFileError, Keys, admin_keys
+from tarragon.security.origin import from_here, host_name, is_loopback
+from tarragon.security.tls import CertificateError, admin_server_context
 
 SIGNALS: Final = ("KILL", "TERM", "INT", "STOP", "CONT", "ABRT", "SEGV", "BUS", "QUIT")
+SHADOW_REPLICAS_MAX: Final = 63
 INSTRUCTIONS: Final = ("retry", "restart", "scale_down")
 # A compressed body could be far longer than it says; nobody needs one here.
 _HTTP_OPTIONS: Final[dict[str, Any]] = {"access_log": None, "auto_decompress": False, "lingering_time": 1.0}
@@ -42,7 +46,9 @@ class Operations(Protocol):
     def kill(self, worker_id: str, number: int) -> dict[str, Any]: ...
     def drain(self, worker_id: str) -> dict[str, Any]: ...
     def add(self, role: str) -> dict[str, Any]: ...
-    def checkpointing(self, mode: str) -> dict[str, Any]: ...
+    def checkpointing(self, mode: str, reprotect: bool) -> dict[str, Any]: ...
+    def protection(self, probing: bool, shadow_replicas: int) -> dict[str, Any]: ...
+    def inject(self, worker_id: str, failpoint: str, after: int) -> dict[str, Any]: ...
     def apply(self, instruction: str, worker_ids: list[str]) -> dict[str, Any]: ...
 
 
@@ -80,6 +86,18 @@ class _Add(_Body):
 
 class _Checkpointing(_Body):
     mode: str
+    reprotect: bool = True
+
+
+class _Protection(_Body):
+    probing: bool
+    shadow_replicas: Annotated[int, msgspec.Meta(ge=0, le=SHADOW_REPLICAS_MAX)]
+
+
+class _Inject(_Body):
+    worker_id: str
+    failpoint: str
+    after: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class _Params(_Body):
@@ -105,6 +123,9 @@ class StatusServer:
         self._operations = operations
         self._config = config
         self._runner: web.ServerRunner | None = None
+        self._keys = Keys(())
+        self._is_local = is_loopback(config.admin_host)
+        self._scheme = "https" if config.admin_ssl_certfile else "http"
         self._assets = dashboard.load()
         self._routes: Mapping[str, Mapping[str, _Route]] = {
             **{path: {"GET": self._asset} for path in self._assets},
@@ -117,21 +138,29 @@ class StatusServer:
             "/drain": {"POST": self._drain},
             "/add": {"POST": self._add},
             "/checkpointing": {"POST": self._checkpointing},
+            "/protection": {"POST": self._protection},
+            "/fault_tolerance/inject": {"POST": self._inject},
             "/fault_tolerance/status": {"GET": self._faults},
             "/fault_tolerance/apply": {"POST": self._apply},
         }
 
     async def start(self) -> None:
-        """Listen; raises AddressError if the address is taken, unknown, or not one of this machine alone."""
+        """Listen; raises AddressError if the address is taken or unknown, or needs a key that is not there."""
         host, port = self._config.admin_host, self._config.admin_port
-        if not is_loopback(host):
+        try:
+            self._keys = Keys(admin_keys(self._config))
+            tls = admin_server_context(self._config)
+        except (KeyFileError, CertificateError) as error:
+            raise AddressError(str(error)) from error
+        if not (self._is_local or self._keys):
             raise AddressError(
-                f"admin_host must be a loopback address, as whoever reaches it may kill workers, not {host}"
+                f"admin_host {host} is not of this machine alone, and whoever reaches it may kill workers: "
+                "it needs an admin key"
             )
         runner = web.ServerRunner(_Server(self._answer, **_HTTP_OPTIONS))
         await runner.setup()
         try:
-            await web.TCPSite(runner, host, port).start()
+            await web.TCPSite(runner, host, port, ssl_context=tls).start()
         except OSError as error:
             await runner.cleanup()
             why = os.strerror(error.errno) if error.errno else str(error)
@@ -156,10 +185,14 @@ class StatusServer:
 
     def _route(self, request: web.BaseRequest) -> _Route:
         """The handler of a request that may be answered; raises Denied."""
-        if not is_loopback(_host_name(request.headers)):
+        if self._is_local and not is_loopback(host_name(request.headers)):
             raise Denied(HTTPStatus.FORBIDDEN, "the Host header must name this machine, such as localhost")
-        if not _from_here(request.headers):
+        if not from_here(request.headers, self._scheme):
             raise Denied(HTTPStatus.FORBIDDEN, "a page from elsewhere must not ask the status API")
+        # The dashboard's files are the same everywhere and tell nothing; what they show needs the key.
+        is_asset = request.path in self._assets
+        if self._keys and not is_asset and not self._keys.admit(request.headers.get("Authorization", "")):
+            raise Denied(HTTPStatus.UNAUTHORIZED, "the admin key is needed: Authorization: Bearer KEY")
         methods = self._routes.get(request.path)
         if methods is None:
             raise Denied(HTTPStatus.NOT_FOUND, f"there is nothing at {request.path[:200]}")
@@ -194,7 +227,9 @@ class StatusServer:
 
     async def _metrics(self, request: web.BaseRequest) -> web.Response:
         headers = {**_HEADERS, "Content-Type": metrics.CONTENT_TYPE}
-        return web.Response(body=metrics.exposition(self._operations.status()), headers=headers)
+        samples = self._operations.history(0)["samples"]
+        body = metrics.exposition(self._operations.status(), samples[-1] if samples else {})
+        return web.Response(body=body, headers=headers)
 
     async def _faults(self, request: web.BaseRequest) -> web.Response:
         return _json(self._operations.faults())
@@ -209,7 +244,15 @@ class StatusServer:
 
     async def _checkpointing(self, request: web.BaseRequest) -> web.Response:
         body = await self._body(request, _Checkpointing)
-        return _json(self._operations.checkpointing(body.mode), HTTPStatus.ACCEPTED)
+        return _json(self._operations.checkpointing(body.mode, body.reprotect), HTTPStatus.ACCEPTED)
+
+    async def _protection(self, request: web.BaseRequest) -> web.Response:
+        body = await self._body(request, _Protection)
+        return _json(self._operations.protection(body.probing, body.shadow_replicas), HTTPStatus.ACCEPTED)
+
+    async def _inject(self, request: web.BaseRequest) -> web.Response:
+        body = await self._body(request, _Inject)
+        return _json(self._operations.inject(body.worker_id, body.failpoint, body.after), HTTPStatus.ACCEPTED)
 
     async def _drain(self, request: web.BaseRequest) -> web.Response:
         body = await self._body(request, _Drain)
@@ -278,36 +321,10 @@ class _JsonRequestHandler(web.RequestHandler):
 
 def error_response(status: HTTPStatus, sentence: str) -> web.Response:
     """An error as every route answers it."""
-    return _json({"error": sentence}, status)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine and no other."""
-    try:
-        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _host_name(headers: Mapping[str, str]) -> str:
-    """The Host header without its port; "" if there is none."""
-    host = headers.get("Host", "")
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
-
-
-def _from_here(headers: Mapping[str, str]) -> bool:
-    """Whether a page of this server asks, or no page at all: other programs send none of these headers.
-
-    Following a link is fine too, wherever it is: the answer shows itself to the person alone. (A form that
-    is sent from elsewhere names its Origin.)
-    """
-    origin = headers.get("Origin")
-    if origin is not None and origin != f"http://{headers.get('Host', '')}":
-        return False
-    site, mode = headers.get("Sec-Fetch-Site", "none"), headers.get("Sec-Fetch-Mode", "")
-    return site in ("same-origin", "none") or mode == "navigate"
+    response = _json({"error": sentence}, status)
+    if status is HTTPStatus.UNAUTHORIZED:
+        response.headers["WWW-Authenticate"] = 'Bearer realm="tarragon admin"'
+    return response
 
 
 def _number(query: Mapping[str, str], name: str, default: int) -> int:

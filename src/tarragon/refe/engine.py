@@ -21,11 +21,13 @@ import numpy.typing as npt
 import torch
 
 from tarragon import native
-from tarragon.config import Config
+from tarragon.config import PROBES_OFF_S, Config
 from tarragon.messages import DataFlag, DataFrame, DataKind, Peer, RefusalReason, Table
 from tarragon.refe.counters import RefeCounters
 from tarragon.refe.exchange import Exchange, Send
 from tarragon.refe.links import Links, NewLink, NewTable, Post
+from tarragon.refe.traffic import FROM_EXPERTS, TO_EXPERTS, TrafficRing
+from tarragon.routing.static import StaticRoutes
 from tarragon.routing.table import candidate_array, owner_array
 
 
@@ -72,6 +74,8 @@ class Refe:
         self.epoch = epoch
         self.config = config
         self.counters = RefeCounters()
+        self.traffic: TrafficRing | None = None
+        """Records what moves and when, if that was asked for (fig. 8)."""
         self.progress: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
         """Counts layers and waits for experts: whoever probes this worker sees that it works."""
         self._on_table = on_table
@@ -84,6 +88,7 @@ class Refe:
         self._table: Table | None = None
         self._candidates = np.empty((0, 0, 0), dtype=np.int32)
         self._owners = torch.full((layers, experts), -1, dtype=torch.int32)
+        self._owners_of = StaticRoutes().owners if config.static_routing else owner_array
         self._pair_slot = torch.empty(pairs_max, dtype=torch.int32)
         self._pair_row = torch.empty(pairs_max, dtype=torch.int32)
         self._exchange = Exchange()
@@ -101,6 +106,10 @@ class Refe:
         """Hand over a table, a link or the news of a death; thread-safe, never blocks."""
         self._posts.append(item)
         os.eventfd_write(self._wake_fd, 1)
+
+    def probe(self, enabled: bool) -> None:
+        """Whether expert workers that are silent are probed from now on; thread-safe."""
+        self._silence_s = self.config.probe_silence_ms / 1e3 if enabled else PROBES_OFF_S
 
     def fileno(self) -> int:
         """Readable when something was posted, for the idle engine loop."""
@@ -163,6 +172,8 @@ class Refe:
             counts = self._dispatch(work)
             self._placed = True
             sent = time.monotonic()
+            if self.traffic is not None:
+                self.traffic.add(TO_EXPERTS, layer_id, start, sent, pairs * self.traffic.row_bytes)
             self._begin_exchange(work, counts)
             self.on_gap()
             self._collect(work, sent)
@@ -275,6 +286,8 @@ class Refe:
             self.counters.stale_frames += 1
             return None
         if frame.kind == DataKind.RESULT and frame.layer == layer:
+            if self.traffic is not None:
+                self._note_answer(self.traffic, layer, slot)
             return self._exchange.answered(slot)
         if frame.kind == DataKind.REFUSED:
             # The two sides disagree about what is where: this link is of no use, its rows go elsewhere.
@@ -282,6 +295,14 @@ class Refe:
             return None
         self.counters.stale_frames += 1
         return None
+
+    def _note_answer(self, traffic: TrafficRing, layer: int, slot: int) -> None:
+        now = time.monotonic()
+        traffic.add(FROM_EXPERTS, layer, now, now, self._exchange.rows_of(slot) * traffic.row_bytes)
+
+    def traffic_latest(self) -> list[list[float]]:
+        """Thread-safe; nothing unless it is recorded."""
+        return [] if self.traffic is None else [list(event) for event in self.traffic.latest()]
 
     def _replay(self, work: Layer, dead: int) -> None:
         """Re-dispatch what the dead link owed to the next candidates, as priority frames (5.1)."""
@@ -375,7 +396,7 @@ class Refe:
         if self._table is None:
             return
         slots = self._links.slots_of(self._table)
-        owner = owner_array(self._table, slots >= 0, self._candidates)
+        owner = self._owners_of(self._table, slots >= 0, self._candidates)
         # With a -1 at its end, an expert without a live host (-1) gets that, even if no worker is left.
         self._owners = torch.from_numpy(np.append(slots, np.int32(-1))[owner])
 

@@ -1,7 +1,14 @@
 // Asks the status API. A POST is declared as JSON: no foreign page can send one without being asked first.
 
+// The key is kept until the tab is closed. A link may bring it behind #, which browsers do not send; it is
+// taken out of the address at once, so that no history or copied address has it.
 let key = sessionStorage.getItem("tarragon-key") ?? "";
 export const setKey = (text) => sessionStorage.setItem("tarragon-key", (key = text));
+const brought = new URLSearchParams(location.hash.slice(1)).get("key");
+if (brought) {
+  setKey(brought);
+  history.replaceState(null, "", location.pathname + location.search);
+}
 
 export class Refused extends Error {
   constructor(status, sentence) {

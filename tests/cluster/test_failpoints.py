@@ -1,0 +1,93 @@
+"""Deaths at named places, which a kill from outside would meet by chance only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.cluster.test_attention_failover import FULL_CAPACITY_S, assert_same, bodies_of_every_kind
+from tests.streams import Reading, read_all
+
+from tarragon.admin import AdminError
+from tarragon.cluster import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def armed(clusters: Any) -> Cluster:
+    """A cluster whose workers may be told where to die."""
+    cluster: Cluster = clusters.get(2, 2, failpoints=True)
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    return {}
+
+
+def undisturbed(
+    expected: dict[str, Any], cluster: Cluster, model: str
+) -> tuple[dict[str, dict[str, Any]], list[Reading]]:
+    if not expected:
+        expected["both"] = bodies_of_every_kind(cluster.url, model)
+    both: tuple[dict[str, dict[str, Any]], list[Reading]] = expected["both"]
+    return both
+
+
+@pytest.mark.parametrize(
+    ("victim", "failpoint", "after"),
+    [
+        ("aw-0", "prefill", 2),
+        ("aw-1", "mid-layer", 9),
+        ("aw-0", "before-commit", 12),
+        ("aw-1", "between-commit-and-send", 15),
+        ("aw-0", "after-send", 15),
+        ("ew-0", "before-batch", 150),
+        ("ew-1", "between-compute-and-answer", 150),
+    ],
+)
+def test_a_death_at_a_named_place_changes_no_stream(
+    armed: Cluster, model_name: str, expected: dict[str, Any], victim: str, failpoint: str, after: int
+) -> None:
+    bodies, wanted = undisturbed(expected, armed, model_name)
+    armed.wait_for("full_capacity", FULL_CAPACITY_S)
+    pid = armed.pids()[victim]
+    armed.admin.inject(victim, failpoint, after)
+
+    got = read_all(armed.url, model_name, list(bodies.values()))
+
+    assert_same(bodies, got, wanted)
+    armed.wait_for("full_capacity", FULL_CAPACITY_S)
+    assert armed.pids()[victim] != pid, "the fault did not happen"
+    assert f"failpoint {failpoint} reached" in armed.logs()
+
+
+def test_a_worker_that_dies_while_it_restores_anothers_requests(
+    armed: Cluster, model_name: str, expected: dict[str, Any]
+) -> None:
+    """Then both attention workers are gone, and their replacements restore from both buckets."""
+    bodies, wanted = undisturbed(expected, armed, model_name)
+    armed.wait_for("full_capacity", FULL_CAPACITY_S)
+    pids = armed.pids()
+    armed.admin.inject("aw-0", "restore")
+    armed.admin.inject("aw-1", "between-commit-and-send", 15)
+
+    got = read_all(armed.url, model_name, list(bodies.values()))
+
+    assert_same(bodies, got, wanted)
+    armed.wait_for("full_capacity", FULL_CAPACITY_S)
+    after = armed.pids()
+    assert all(after[worker] != pids[worker] for worker in ("aw-0", "aw-1")), "a fault did not happen"
+    assert "failpoint restore reached" in armed.logs()
+
+
+def test_what_is_refused(armed: Cluster, cluster: Cluster) -> None:
+    with pytest.raises(AdminError, match="without --failpoints"):
+        cluster.admin.inject("aw-0", "mid-layer")
+    with pytest.raises(AdminError, match="aw-0 has no failpoint before-batch; it has prefill"):
+        armed.admin.inject("aw-0", "before-batch")
+    with pytest.raises(AdminError, match="orchestrator has no failpoint|no worker"):
+        armed.admin.inject("orchestrator", "prefill")
+    with pytest.raises(AdminError, match="does not fit"):
+        armed.admin.inject("aw-0", "mid-layer", 0)
