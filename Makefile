@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test campaign evaluation lint format clean
+.PHONY: setup demo test campaign evaluation fuzz lint format clean
 
 # The native kernels know by themselves whether they fit this CPU and are up to date.
 setup: $(STAMP)
@@ -40,6 +40,12 @@ campaign: setup
 # The paper's figures, measured here: docs/evaluation.md, within 90 minutes; QUICK=--quick takes 10.
 evaluation: setup
 	$(BIN)/tarragon bench evaluation $(QUICK)
+
+# Coverage-guided, FUZZ_SECONDS for each decoder of foreign bytes; the corpora stay in build/fuzz.
+FUZZ_SECONDS ?= 60
+fuzz: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-fuzz.lock
+	$(BIN)/python tests/fuzz/run.py all $(FUZZ_SECONDS)
 
 lint: setup
 	$(BIN)/ruff check src tests

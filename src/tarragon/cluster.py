@@ -35,6 +35,8 @@ _EXIT_MARGIN_S: Final = 10.0
 _GONE_TIMEOUT_S: Final = 5.0
 """Between the node agent's end and the last of its processes'."""
 _LOG_TAIL_LINES: Final = 20
+_PORTS: Final = range(10_000, 32_000)
+"""Below the range of outgoing connections, 32768 to 60999 by default."""
 
 
 class ClusterError(RuntimeError):
@@ -250,13 +252,17 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of loopback that are free now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
+    """TCP ports of loopback that are free now, of those that the system gives to nobody by itself.
+
+    They are bound a while later, and until then an outgoing connection must not get one.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = secrets.choice(_PORTS)
+        if port not in found:
+            with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                found.append(port)
+    return found
 
 
 def _flag(name: str, value: Any) -> str:

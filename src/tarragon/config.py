@@ -34,6 +34,10 @@ HANDSHAKES_PENDING_MAX: Final = 64
 """Connections of one listener that have not yet proved that they know the secret."""
 LINK_OFFER_TIMEOUT_S: Final = 10.0
 """Longest wait for the other side's word when a data link is set up."""
+AGENT_DIAL_SLICE_S: Final = 0.1
+"""How long the node agent waits at a time for the orchestrator to listen: it has workers to reap."""
+AGENT_HANDSHAKE_S: Final = 2.0
+"""How long it waits for an orchestrator that listens; one that dies ends the wait."""
 GRAMMAR_POLL_MS: Final = 2
 """How often an idle attention worker looks whether the grammar of a moved request is compiled."""
 PROBES_OFF_S: Final = 86_400.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -20,12 +19,13 @@ import openai
 import pytest
 
 from tarragon.boot import Boot, socket_address
+from tarragon.cluster import free_ports
 from tarragon.config import Config
 from tarragon.messages import Control, Hello, Peer, Peers, Ready, Report, Stop, Table, Welcome
 from tarragon.testing.fake_attention import FakeAttention
 from tarragon.transport.local import AsyncConnection, serve_async
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 KEY = "secret-key"
 PROGRAM = """
 import sys, base64, msgspec
@@ -148,12 +148,6 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 class Gateway:
     def __init__(self, stage: Stage, process: subprocess.Popen[bytes], http: httpx.Client) -> None:
         self.stage, self.process, self.http = stage, process, http
@@ -185,7 +179,9 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         role="gateway",
         epoch=3,
         model=str(folder),
-        config=Config(port=free_port(), attention_unavailable_timeout_s=1.0, http_body_bytes_max=100_000),
+        config=Config(
+            port=free_ports(1)[0], attention_unavailable_timeout_s=1.0, http_body_bytes_max=100_000
+        ),
         engine_args=("--enforce-eager", "--api-key", KEY),
     )
     stage = Stage(boot, vocabulary)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tarragon.boot import Boot
+from tarragon.cluster import free_ports
 from tarragon.config import Config
 from tarragon.messages import (
     Assign,
@@ -39,7 +39,7 @@ from tarragon.messages import (
 )
 from tarragon.transport.local import AsyncConnection, dial_async
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 HIDDEN, INTERMEDIATE, LAYERS, EXPERTS = 8, 16, 2, 4
 EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 2
 FRAME_BYTES_MAX = 1 << 20
@@ -76,12 +76,6 @@ def make_model(folder: Path) -> str:
     }
     save_file(tensors, folder / "model.safetensors")
     return str(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Fake:
@@ -134,7 +128,7 @@ class Cluster:
     """One orchestrator process, and this process as its node agent with fake workers."""
 
     def __init__(self, model: str, **settings: Any) -> None:
-        defaults = {"attention_workers": 2, "expert_workers": 2, "admin_port": free_port()}
+        defaults = {"attention_workers": 2, "expert_workers": 2, "admin_port": free_ports(1)[0]}
         self.boot = Boot(
             cluster=secrets.token_hex(8),
             secret=secrets.token_bytes(32),

@@ -33,7 +33,7 @@ from tarragon.messages import (
 from tarragon.transport.local import Connection, Listener
 
 pytestmark = pytest.mark.cluster
-TIMEOUT_S = 15.0
+TIMEOUT_S = 60.0
 GENERATION_1 = 1 << 20
 
 PROGRAM = """

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 TOKENS = 48
 FULL_CAPACITY_S = 120.0
+REPORTED_S = 30.0
 
 
 def bodies_of_every_kind(url: str, model: str) -> tuple[dict[str, dict[str, Any]], list[Reading]]:
@@ -46,11 +47,22 @@ def undisturbed(
 
 
 def counters(cluster: Cluster, name: str) -> float:
-    return sum(
-        worker.get("counters", {}).get(name, 0.0)
-        for worker in cluster.status()["workers"]
-        if worker["role"] == "attention"
-    )
+    """Sum over the attention workers, as they reported it after this was asked: they do once a second."""
+
+    def reports() -> dict[str, dict[str, float]]:
+        workers = cluster.status()["workers"]
+        return {w["id"]: w.get("counters", {}) for w in workers if w["role"] == "attention"}
+
+    asked = time.monotonic()
+    before = reports()
+    while time.monotonic() < asked + REPORTED_S:
+        time.sleep(0.2)
+        found = reports()
+        if all(
+            found[w].get("clock_s", 1.0) != c.get("clock_s", 0.0) for w, c in before.items() if w in found
+        ):
+            break
+    return sum(report.get(name, 0.0) for report in reports().values())
 
 
 class Once:

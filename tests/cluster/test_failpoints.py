@@ -87,7 +87,7 @@ def test_what_is_refused(armed: Cluster, cluster: Cluster) -> None:
         cluster.admin.inject("aw-0", "mid-layer")
     with pytest.raises(AdminError, match="aw-0 has no failpoint before-batch; it has prefill"):
         armed.admin.inject("aw-0", "before-batch")
-    with pytest.raises(AdminError, match="orchestrator has no failpoint|no worker"):
+    with pytest.raises(AdminError, match=r"orchestrator has no failpoint|no worker"):
         armed.admin.inject("orchestrator", "prefill")
     with pytest.raises(AdminError, match="does not fit"):
         armed.admin.inject("aw-0", "mid-layer", 0)

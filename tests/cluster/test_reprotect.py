@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from tests.cluster.test_attention_failover import FULL_CAPACITY_S, assert_same
+from tests.cluster.test_attention_failover import FULL_CAPACITY_S, assert_same, counters
 from tests.streams import kinds, read_all
 
 from tarragon.cluster import Cluster
@@ -21,14 +21,6 @@ BODIES = {
     for name, body in kinds("The lighthouse keeper", list(range(100, 300)), TOKENS).items()
     if name in ("greedy", "seeded", "three")
 }
-
-
-def total(cluster: Cluster, name: str) -> float:
-    return sum(
-        worker["counters"].get(name, 0.0)
-        for worker in cluster.status()["workers"]
-        if worker["role"] == "attention"
-    )
 
 
 def test_what_ran_without_checkpoints_is_protected_again(cluster: Cluster, model_name: str) -> None:
@@ -57,7 +49,7 @@ def test_what_ran_without_checkpoints_is_protected_again(cluster: Cluster, model
             time.sleep(0.05)
         seen["pid"] = cluster.pids()["aw-0"]
         seen["tokens"] = sum(tokens.values())
-        seen["restored"] = total(cluster, "restored_positions")
+        seen["restored"] = counters(cluster, "restored_positions")
         cluster.kill("aw-0")
 
     killer = threading.Thread(target=protect_then_kill)
@@ -73,5 +65,5 @@ def test_what_ran_without_checkpoints_is_protected_again(cluster: Cluster, model
     assert any(reason.startswith("requests that began without") for reason in seen["behind"]), seen
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     assert cluster.pids()["aw-0"] != seen["pid"], "the fault did not happen"
-    assert total(cluster, "restored_positions") > seen["restored"]
-    assert total(cluster, "restore_incomplete") == 0
+    assert counters(cluster, "restored_positions") > seen["restored"]
+    assert counters(cluster, "restore_incomplete") == 0

@@ -21,7 +21,7 @@ LONG_TOKENS = 600
 FLAGS = (f"--max-num-batched-tokens={CHUNK_TOKENS}", "--max-model-len=2048")
 OUTPUT_TOKENS = 32
 VOCABULARY = 40_000
-REPORT_TIMEOUT_S = 10.0
+REPORT_TIMEOUT_S = 60.0
 """Workers report once a second."""
 ALONE = 16
 """So many requests are sent one by one as well, to the last shape."""

@@ -13,6 +13,7 @@ from tarragon.agent.console import progress_text, reachable_host, ready_line
 from tarragon.agent.link import RestartBudget
 from tarragon.agent.log import Lines, LogPipe, LogWriter, looks_like_error
 from tarragon.agent.process import exit_words
+from tarragon.cluster import free_ports
 from tarragon.config import Config
 
 GIB = 1 << 30
@@ -208,22 +209,17 @@ def test_a_taken_port_is_named_with_its_flag() -> None:
         with pytest.raises(
             preflight.PreflightError, match=rf"port {port} of 127.0.0.1 is taken.*--admin-port"
         ):
-            preflight.check_ports(Config(port=free_port(), admin_port=port))
+            preflight.check_ports(Config(port=free_ports(1)[0], admin_port=port))
         with pytest.raises(preflight.PreflightError, match=r"--port$"):
-            preflight.check_ports(Config(port=port, admin_port=free_port()))
-    preflight.check_ports(Config(port=port, admin_port=free_port()))
+            preflight.check_ports(Config(port=port, admin_port=free_ports(1)[0]))
+    preflight.check_ports(Config(port=port, admin_port=free_ports(1)[0]))
 
 
 def test_both_ports_may_not_be_the_same_and_a_host_must_be_ours() -> None:
     with pytest.raises(preflight.PreflightError, match="must differ"):
         preflight.check_ports(Config(port=9000, admin_port=9000))
     with pytest.raises(preflight.PreflightError, match=r"cannot listen at 192\.0\.2\.1"):
-        preflight.check_ports(Config(host="192.0.2.1", port=free_port(), admin_port=free_port()))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+        preflight.check_ports(Config(host="192.0.2.1", port=free_ports(1)[0], admin_port=free_ports(1)[0]))
 
 
 # ------------------------------------------------------------------ what the user sees

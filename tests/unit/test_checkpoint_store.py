@@ -28,7 +28,7 @@ from tarragon.messages import Hello, Peer, Peers, ProtocolError, Ready, Report, 
 from tarragon.testing.ends import connection_pair
 from tarragon.transport.local import Connection, HandshakeError, Listener, dial
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 SIZE = 3 * mmap.PAGESIZE
 _fork = multiprocessing.get_context("fork")
 

@@ -19,7 +19,7 @@ from tarragon.gateway.client import Client, RequestFailed
 from tarragon.messages import Peer
 from tarragon.testing.fake_attention import FakeAttention, token
 
-WAIT_S = 5.0
+WAIT_S = 30.0
 
 
 def boot(**settings: Any) -> Boot:

@@ -183,6 +183,47 @@ def test_suspects_run_one_at_a_time_and_innocents_are_cleared() -> None:
     assert list(live.live) == ["a"]
 
 
+def test_a_suspect_gets_a_worker_of_its_own() -> None:
+    live = streams("aw-0", waiting_max=0)
+    live.add(request("killer"), 0.0)
+    live.worker_down("aw-0", "killed", 0.0)
+    live.worker_up("aw-0", 2, 0.0)
+    live.worker_up("aw-1", 1, 0.0)
+    live.worker_down("aw-0", "killed", 0.0)
+    assert live.live["killer"].owner == "aw-1"
+    live.worker_up("aw-0", 3, 0.0)
+    live.add(request("innocent"), 0.0)
+    assert live.live["innocent"].owner == "aw-0", "nothing joins a suspect"
+    # The third death: the survivor is emptied for it.
+    actions = live.worker_down("aw-1", "killed", 0.0)
+    assert live.live["killer"].owner == "aw-0"
+    assert live.live["innocent"].owner == "aw-0", "there is no other worker"
+    live.worker_up("aw-1", 2, 0.0)
+    live.add(request("late"), 0.0)
+    assert live.live["late"].owner == "aw-1"
+    live.accept("aw-0", {"killer": 4}, [output("killer", 1)], 0.0)
+    live.add(request("later"), 0.0)
+    assert {live.live[name].owner for name in ("late", "later")} <= {"aw-0", "aw-1"}
+    assert len(actions) == 1
+
+
+def test_what_a_suspects_worker_runs_goes_to_the_others() -> None:
+    live = streams("aw-0", "aw-1", "aw-2")
+    live.add(request("killer"), 0.0)
+    live.add(request("a"), 0.0)
+    live.add(request("b"), 0.0)
+    live.live["killer"].failovers = 1
+    actions = live.worker_down("aw-0", "killed", 0.0)
+    owner = live.live["killer"].owner
+    assert owner is not None
+    moved, killer = actions
+    assert isinstance(moved, Send)
+    assert isinstance(killer, Send)
+    assert killer.worker == owner != moved.worker
+    assert live.counters.moved == 1
+    assert live.loads[owner].running == {"killer": 3}
+
+
 def test_a_suspect_does_not_wait_for_its_turn_for_ever() -> None:
     live = streams("aw-0")
     for name in ("a", "b"):

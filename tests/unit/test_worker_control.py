@@ -36,7 +36,7 @@ from tarragon.messages import (
 )
 from tarragon.transport.local import Connection, Listener, dial
 
-WAIT_S = 10.0
+WAIT_S = 40.0
 TABLE = Table(version=0, workers=[], candidates=[])
 
 

@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 from tarragon.agent.log import LogWriter
-from tarragon.config import Config
+from tarragon.config import AGENT_DIAL_SLICE_S, AGENT_HANDSHAKE_S, Config
 from tarragon.messages import Alive, Control, Hello, ProtocolError
 from tarragon.transport.local import Connection, dial
 
-_DIAL_SLICE_S: Final = 0.1
-"""One attempt to reach the orchestrator; between two of them the agent's loop turns."""
 _UNSENT_MAX: Final = 1_024
 _WATCH_TURNS: Final = 5
 """The agent looks so often within the time of silence that it allows: an agent that was itself paused, with
@@ -89,7 +87,9 @@ class OrchestratorLink:
             connection = dial(
                 self._address,
                 self._secret,
-                timeout_s=_DIAL_SLICE_S,
+                timeout_s=AGENT_DIAL_SLICE_S,
+                # Cut off in mid-handshake again and again, it would never come up on a busy host.
+                handshake_timeout_s=AGENT_HANDSHAKE_S,
                 frame_bytes_max=self._config.control_frame_bytes_max,
             )
         except (TimeoutError, ProtocolError, OSError):

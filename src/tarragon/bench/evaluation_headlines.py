@@ -27,7 +27,7 @@ class Headline(NamedTuple):
 
 def _ratio(found: Mapping[str, Any]) -> str:
     low, high = found["ci95"]
-    return f"{found['median']:.2f} ({low:.2f} to {high:.2f}, {found['n']} pairs)"
+    return f"{found['median']:.2f} ({low:.2f} to {high:.2f}, n={found['n']})"
 
 
 def _stall(metrics: Mapping[str, Any]) -> str:
@@ -88,7 +88,7 @@ def _segments(metrics: Mapping[str, Any]) -> str:
     cost = metrics["cost"]
     low, high = (100 * value for value in cost["ci95"])
     return (
-        f"cost {100 * cost['median']:.1f} % ({low:.1f} to {high:.1f} %, {cost['n']} pairs): "
+        f"cost {100 * cost['median']:.1f} % ({low:.1f} to {high:.1f} %, n={cost['n']}): "
         f"at most 1 % {cost['verdict']}"
     )
 
@@ -96,7 +96,7 @@ def _segments(metrics: Mapping[str, Any]) -> str:
 def _pause(metrics: Mapping[str, Any]) -> str:
     found = metrics["pause-8"]["ratio"]
     low, high = found["ci95"]
-    return f"{1 / found['median']:.2f} times slower ({1 / high:.2f} to {1 / low:.2f}, {found['n']} pairs)"
+    return f"{1 / found['median']:.2f} times slower ({1 / high:.2f} to {1 / low:.2f}, n={found['n']})"
 
 
 def _last_point(metrics: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -195,9 +195,7 @@ HEADLINES: Final = (
         _claim("vllm-pp2"),
     ),
     Headline("Tokens/s above vLLM at its defaults", "not in the paper", "-", "steady", _claim("vllm")),
-    Headline(
-        "The same with a fixed number of streams, all layers", "not in the paper", "-", "steady-closed", _gate
-    ),
+    Headline("The same with a fixed number of streams", "not in the paper", "-", "steady-closed", _gate),
     Headline(
         "Without checkpoints, detection, routing table",
         "appendix F",

@@ -94,6 +94,7 @@ def sections(
         if part.key in ended:
             yield from _part(part, ended[part.key], results.get(part.key), part.key in pictures)
     yield "## Commands"
+    yield "Each with `--json FILE --plot FILE.png`; `make evaluation` runs all."
     yield _markdown(
         ("part", "command", "started (UTC)", "took", "ended"),
         [

@@ -112,6 +112,7 @@ def _interval(ratio: dict[str, Any]) -> str:
 def picture(metrics: dict[str, Any], file: Path) -> None:
     """TTFT, TBT (fig. 10) and tokens/s (fig. 11) over the request rate, a column for each workload."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     kinds = list(metrics["windows"])
     figure = Figure(figsize=(5.2 * len(kinds), 8.0), layout="constrained")
@@ -124,6 +125,10 @@ def picture(metrics: dict[str, Any], file: Path) -> None:
             _lines(axes[1][column], by_rate, "tbt_median_ms", "tbt_p95_ms", name)
             _lines(axes[2][column], by_rate, "tokens_per_s", None, name)
         axes[0][column].set_yscale("log")
+        milliseconds = axes[0][column].yaxis
+        milliseconds.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        milliseconds.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        milliseconds.set_minor_formatter(NullFormatter())
         for row in (1, 2):
             axes[row][column].set_ylim(bottom=0)
     labels = ("TTFT, ms (dashed: P95)", "TBT, ms (dashed: P95)", "output tokens/s")

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import socket
 from collections import OrderedDict
-from http import HTTPStatus
 from typing import Any, Final
 
 import msgspec
@@ -67,20 +66,19 @@ class GrammarTrials:
         future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
-            async with self._lock:
-                if self._gone:
-                    raise ConnectionResetError
-                # Shielded: half a frame would be the last one that the other side understands.
-                raw = frame(Trial(number, grammar))
-                await asyncio.shield(asyncio.get_running_loop().sock_sendall(self._sock, raw))
+            # Shielded: after half a frame the other side would understand no other.
+            await asyncio.shield(self._send(frame(Trial(number, grammar))))
             return await future
         except OSError as error:
-            raise RequestFailed(
-                "grammars cannot be tried: the gateway's helper process is gone",
-                HTTPStatus.SERVICE_UNAVAILABLE,
-            ) from error
+            raise RequestFailed("grammars cannot be tried: the gateway's helper process is gone") from error
         finally:
             self._waiting.pop(number, None)
+
+    async def _send(self, raw: bytes) -> None:
+        async with self._lock:
+            if self._gone:
+                raise ConnectionResetError
+            await asyncio.get_running_loop().sock_sendall(self._sock, raw)
 
     async def _read(self) -> None:
         """Hand verdicts to those who wait for them, until the zygote is gone."""

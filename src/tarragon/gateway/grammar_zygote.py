@@ -146,8 +146,8 @@ class Zygote:
             os.close(descriptor)
         if status and not reason:
             reason = (
-                f"the grammar takes more than {self._config.grammar_compile_cpu_s_max} s of computing time or "
-                f"{self._config.grammar_memory_bytes_max >> 20} MiB of memory to compile: make it simpler"
+                f"the grammar takes more than {self._config.grammar_compile_cpu_s_max} s of computing time "
+                f"or {self._config.grammar_memory_bytes_max >> 20} MiB of memory to compile: make it simpler"
             )
         send_frame(self._sock, Verdict(child.number, reason, overdue))
 

@@ -89,7 +89,7 @@ def _check_counts(given: _Given, limits: Limits) -> None:
     for name in ("prompt", "messages"):
         prompts = _decoded(given, name, list[msgspec.Raw])
         # A list of numbers is one prompt, a list of objects one conversation.
-        several = sum(memoryview(one)[:1] in (b'"', b"[") for one in prompts or ())
+        several = sum(bytes(memoryview(one)[:1]) in (b'"', b"[") for one in prompts or ())
         if several > limits.prompts:
             raise Refusal(
                 HTTPStatus.BAD_REQUEST, f"{name} must be at most {limits.prompts}, but are {several}", name

@@ -94,7 +94,7 @@ class Counters:
     restarts: int = 0
     """Requests given to another worker after theirs was lost."""
     moved: int = 0
-    """Requests given to another worker because theirs is drained."""
+    """Requests given to another worker because theirs is drained, or is to run a suspect alone."""
     failed: int = 0
     """Requests that ended with an error of the gateway's own."""
     outputs_stale: int = 0
@@ -132,7 +132,8 @@ class Streams:
         self._held: dict[str, set[str]] = {}
         """Requests with a sealed attempt at each worker."""
         self._alone: str | None = None
-        """The suspect that runs: one at a time, so that the others are not lost with it."""
+        """The suspect that runs: one at a time, and apart from all others, so that they are not lost with
+        it."""
         self._aborts: dict[str, dict[str, int]] = {}
         """Attempts to be aborted, by worker, with the next ``due``."""
         self._failovers_max = failovers_max
@@ -144,9 +145,11 @@ class Streams:
 
     @property
     def takers(self) -> dict[str, Load]:
-        """Connected workers that take requests."""
+        """Connected workers that take requests: the one that runs a suspect only if there is no other."""
         apart = self.draining | self._closing
-        return {worker: load for worker, load in self.loads.items() if worker not in apart}
+        takers = {worker: load for worker, load in self.loads.items() if worker not in apart}
+        suspect = None if self._alone is None else self.live[self._alone].owner
+        return {worker: load for worker, load in takers.items() if worker != suspect} or takers
 
     def owes(self, worker: str) -> bool:
         """Whether outputs of a worker are waited for."""
@@ -277,7 +280,8 @@ class Streams:
         self._held.setdefault(worker, set()).add(stream.request_id)
         stream.held.append((worker, stream.attempt))
         self.loads[worker].remove(stream.request_id)
-        self._watcher.lost(stream, "drained", f"{worker} is drained")
+        why = "is drained" if worker in self.draining else "is to run a suspect alone"
+        self._watcher.lost(stream, "drained", f"{worker} {why}")
         self._seal(stream)
         self.counters.moved += 1
         return self._assign(stream, now_s)
@@ -306,8 +310,16 @@ class Streams:
         stream.delivered = False
         self.loads[worker].add(stream.request_id, stream.tokens)
         self._watcher.assigned(stream, self._epochs[worker])
+        moved = self._clear_for_suspect(worker, now_s) if stream.is_suspect else []
         request, origins = for_another_worker(stream.request, stream.sent, stream.origins)
-        return [Send(worker, Add(stream.attempt, request, list(stream.sent), origins))]
+        return [*moved, Send(worker, Add(stream.attempt, request, list(stream.sent), origins))]
+
+    def _clear_for_suspect(self, worker: str, now_s: float) -> list[Action]:
+        """Give what else a suspect's worker runs to the others, if there are any."""
+        if worker in self.takers:
+            return []
+        others = [s for s in self.live.values() if s.owner == worker and s.request_id != self._alone]
+        return [action for stream in others for action in self._move(stream, now_s)]
 
     def _wait(self, stream: Stream, now_s: float) -> list[Action]:
         if stream.request_id in self.waiting:

@@ -44,11 +44,13 @@ def dial(
     timeout_s: float,
     frame_bytes_max: int,
     send_timeout_s: float = SEND_TIMEOUT_S,
+    handshake_timeout_s: float = 0.0,
 ) -> Connection:
     """Connect to the listener at ``address``, waiting for it to exist, and shake hands.
 
-    Raises TimeoutError if there is no listener, or no answer from it, within ``timeout_s``, and
-    HandshakeError if it is not one of us or does not want us.
+    Raises TimeoutError if there is no listener, or no answer from it, within ``timeout_s`` (or, if that is
+    later, within ``handshake_timeout_s`` of the connection), and HandshakeError if it
+    is not one of us or does not want us.
     """
     handshake = DialerHandshake(secret)
     deadline_s = time.monotonic() + timeout_s
@@ -60,6 +62,7 @@ def dial(
         pause_s = min(2 * pause_s, DIAL_PAUSE_S_MAX)
     try:
         peer_pid = check_same_user(sock)
+        deadline_s = max(deadline_s, time.monotonic() + handshake_timeout_s)
         _shake_hands(sock, handshake, deadline_s)
         return Connection(
             sock, frame_bytes_max=frame_bytes_max, send_timeout_s=send_timeout_s, peer_pid=peer_pid
