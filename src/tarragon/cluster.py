@@ -65,7 +65,7 @@ class Cluster:
             **dict(zip(("port", "admin_port"), free_ports(2), strict=True)),
             "attention_workers": attention_workers,
             "expert_workers": expert_workers,
-            **settings,
+            **{name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
         }
         self._mark = secrets.token_hex(8)
         self._environ = {

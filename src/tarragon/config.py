@@ -44,6 +44,8 @@ PROBES_OFF_S: Final = 86_400.0
 """Silence before the first probe where probing is switched off: a day."""
 SEND_TIMEOUT_S: Final = 5.0
 """A peer that does not take one frame within this time counts as gone: it is stopped or hangs."""
+TRACES_FLUSH_TIMEOUT_S: Final = 2.0
+"""How long the gateway's end waits for its last spans to be taken."""
 LOG_FORMATS: Final = ("text", "json")
 API_KEY_VARIABLE: Final = "TARRAGON_API_KEY"
 ADMIN_KEY_VARIABLE: Final = "TARRAGON_ADMIN_KEY"
@@ -330,11 +332,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         share = self.checkpoint_bytes_max // (self.attention_workers + 1)
         return min(self.kv_cache_bytes, int(share * CHECKPOINT_ROWS_SHARE))
 
-    def threads(self, role: str, cores: int) -> int:
-        """Compute threads of one worker of ``role`` ("attention" or "expert") on a host of ``cores``."""
+    def threads(self, role: str, cores: int, workers: int = 0) -> int:
+        """Compute threads of one worker of ``role`` ("attention" or "expert") on a host of ``cores``.
+
+        ``workers`` of its role share them; 0 means as many as configured.
+        """
         if role == "attention":
-            return self.attention_threads or max(1, cores // self.attention_workers)
-        return self.expert_threads or max(1, cores // self.expert_workers)
+            return self.attention_threads or max(1, cores // (workers or self.attention_workers))
+        return self.expert_threads or max(1, cores // (workers or self.expert_workers))
 
 
 class Settings(NamedTuple):

@@ -224,7 +224,8 @@ class TableUpdate(Message, frozen=True):
 
 
 class Peers(Message, frozen=True):
-    """All live workers, for the gateway (attention workers) and for expert workers (who may connect)."""
+    """All live workers, for the gateway (attention workers) and for expert workers (who may connect, and
+    who shares the host's cores with them)."""
 
     peers: list[Peer]
 

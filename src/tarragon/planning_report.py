@@ -172,10 +172,16 @@ def placement_table(found: Plan) -> Table:
 
 def memory_table(found: Plan) -> Table:
     """One row per worker, in MB."""
-    table = Table(box=SIMPLE, title="memory of each worker, in MB", title_justify="left")
+    table = Table(
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+        title="memory of each worker, in MB",
+        title_justify="left",
+    )
     table.add_column("worker")
     for title in ("threads", "weights", "shadows", "KV cache", "checkpoints", "overhead", "total"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for worker in found.workers:
         parts = (
             worker.weights_bytes,

@@ -16,6 +16,7 @@ vLLM's tracer provider exports them, so that its flag and OpenTelemetry's variab
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +24,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from tarragon.config import TRACES_FLUSH_TIMEOUT_S
 from tarragon.gateway.watcher import Narrator, Watcher
 
 if TYPE_CHECKING:
@@ -47,10 +49,12 @@ def watcher(endpoint: str) -> Watcher:
 
 
 def close() -> None:
-    """Send what has not been sent yet; the process may end afterwards."""
+    """Send what has not been sent yet, for a bounded time; the process may end afterwards."""
     shutdown = getattr(trace.get_tracer_provider(), "shutdown", None)
     if shutdown is not None:
-        shutdown()
+        last = threading.Thread(target=shutdown, name="last spans", daemon=True)
+        last.start()
+        last.join(TRACES_FLUSH_TIMEOUT_S)
 
 
 @dataclass

@@ -7,9 +7,12 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from fake_cluster import (
     LIMIT_S,
@@ -21,6 +24,7 @@ from fake_cluster import (
 )
 
 from tarragon.messages import (
+    Checkpointing,
     Drain,
     SignalWorker,
     StartWorker,
@@ -82,6 +86,15 @@ BIG = "x" * 20_000
         ("POST", "/kill", {"json": {"worker_id": "ew-7"}}, 404),
         ("POST", "/drain", {"json": {"worker_id": "ew-7"}}, 404),
         ("POST", "/add", {"json": {"role": "gateway"}}, 400),
+        ("POST", "/checkpointing", {"json": {"mode": "sometimes"}}, 409),
+        ("POST", "/checkpointing", {"json": {}}, 400),
+        (
+            "POST",
+            "/kill",
+            {"json": {"worker_id": "ew-0"}, "headers": {"Origin": "https://evil.example"}},
+            403,
+        ),
+        ("POST", "/kill", {"json": {"worker_id": "ew-0"}, "headers": {"Sec-Fetch-Site": "cross-site"}}, 403),
         ("POST", "/fault_tolerance/apply", {"json": {"instruction": "pause"}}, 400),
         ("POST", "/fault_tolerance/apply", {"json": {"instruction": "restart"}}, 400),
         (
@@ -177,6 +190,63 @@ def test_commands_reach_the_agent_and_the_workers(model: str) -> None:
         assert "cannot be drained" in body["error"]
 
     run(test, model)
+
+
+def test_the_way_to_checkpoint_reaches_the_attention_workers(model: str) -> None:
+    async def test(cluster: Cluster) -> None:
+        await cluster.full()
+        code, body = await cluster.request("POST", "/checkpointing", {"mode": "pause-8"})
+        assert code == 202, body
+        for worker_id in ("aw-0", "aw-1"):
+            inbox = cluster.fakes[worker_id].inbox
+            order = Checkpointing(mode="pause-8")
+            await wait_for(lambda inbox=inbox, order=order: order in inbox, "it was not told")  # type: ignore[misc]
+        assert not any(isinstance(message, Checkpointing) for message in cluster.fakes["ew-0"].inbox)
+
+    run(test, model)
+
+
+def test_with_keys_only_the_dashboards_files_are_open(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("first-admin-key-01234", "second-admin-key-01234")
+    (tmp_path / "keys").write_text(keys[0])
+    (tmp_path / "keys").chmod(0o600)
+    monkeypatch.setenv("TARRAGON_ADMIN_KEY", keys[1])
+    cluster = Cluster(model, connect_timeout_s=600.0, admin_key_file=str(tmp_path / "keys"))
+    try:
+        asyncio.run(_with_keys(cluster, keys))
+    finally:
+        cluster.kill()
+
+
+async def _with_keys(cluster: Cluster, keys: tuple[str, str]) -> None:
+    async def code(path: str, key: str, method: str = "GET") -> int:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url = f"http://127.0.0.1:{cluster.boot.config.admin_port}{path}"
+        async with aiohttp.ClientSession() as http, http.request(method, url, headers=headers) as answer:
+            if answer.status == 401:
+                assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+            return answer.status
+
+    async def answers() -> bool:
+        try:
+            return await code("/", "") == 200
+        except aiohttp.ClientConnectionError:
+            return False
+
+    end_s = time.monotonic() + LIMIT_S
+    while not await answers():
+        assert time.monotonic() < end_s, "the status API never came"
+        await asyncio.sleep(0.05)
+    for key in keys:
+        assert await code("/status", key) == 200
+    for key in ("", "wrong", keys[0] + "x"):
+        for path in ("/status", "/table", "/events", "/history", "/metrics", "/nothing"):
+            assert await code(path, key) == 401
+        for path in ("/kill", "/drain", "/add", "/checkpointing", "/fault_tolerance/apply", "/nothing"):
+            assert await code(path, key, "POST") == 401
+        assert await code("/dashboard/main.js", key) == 200
 
 
 def start_epoch(cluster: Cluster, worker_id: str, count: int) -> int:

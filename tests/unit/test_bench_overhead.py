@@ -1,29 +1,14 @@
-"""When does a measured cost of protection count as shown?"""
+"""When does a measured cost of protection count as shown, and what is the pace of a window?"""
 
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 
 from tarragon.bench import overhead
-from tarragon.config import Config, load
-
-
-@pytest.mark.parametrize(
-    ("ci95", "pairs", "verdict"),
-    [
-        ([-0.004, 0.009], 20, "holds"),
-        ([-0.004, 0.011], 20, "inconclusive"),
-        ([0.011, 0.03], 20, "does not hold"),
-        ([-0.001, 0.001], 4, "inconclusive"),
-    ],
-)
-def test_only_a_whole_interval_decides(ci95: list[float], pairs: int, verdict: str) -> None:
-    assert overhead.verdict(ci95, pairs) == verdict
+from tarragon.bench.timeline import Trace
+from tarragon.bench.windows import pace
 
 
 @pytest.mark.parametrize(
@@ -35,39 +20,25 @@ def test_a_cost_is_found_through_a_drift_that_hits_both_sides(
 ) -> None:
     rng = random.Random(3)
     rates: dict[str, list[float]] = {"on": [], "off": []}
-    metrics: dict[str, Any] = {
-        "tokens_per_s": rates,
-        "cpu_ms_per_token": {"on": [1.0] * 20, "off": [1.0] * 20},
-    }
     for _ in range(20):
         speed = rng.uniform(50.0, 150.0)
         rates["off"].append(speed)
         rates["on"].append(speed * (1.0 - cost) * (1.0 + rng.uniform(-noise, noise)))
-    overhead.conclude(metrics)
+    metrics = overhead.conclude(rates)
     assert metrics["verdict"] == verdict
     assert metrics["cost"]["ci95"][0] <= metrics["cost"]["median"] <= metrics["cost"]["ci95"][1]
 
 
-def test_what_switches_protection_off_are_settings() -> None:
-    off = overhead.off_settings()
-    assert off["shadow_replicas"] == 0
-    assert load(environ={}, flags=off) != Config()
+def test_a_table_is_shadowed_wholly_or_not() -> None:
+    assert overhead.shadowed({"candidates": [[["a", "b"], ["b", "a"]]]}) is True
+    assert overhead.shadowed({"candidates": [[["a"], ["b"]]]}) is False
+    assert overhead.shadowed({"candidates": [[["a", "b"], ["b"]]]}) is None
 
 
-def test_processor_time_of_a_cluster_is_counted() -> None:
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-
-    class One:
-        def processes(self) -> list[int]:
-            return [busy.pid]
-
-    try:
-        before_s = overhead.cpu_s(One())  # type: ignore[arg-type]
-        for _ in range(200):
-            if overhead.cpu_s(One()) > before_s + 0.1:  # type: ignore[arg-type]
-                return
-            sum(range(100_000))
-        pytest.fail("no processor time was counted")
-    finally:
-        busy.kill()
-        busy.wait()
+def test_the_pace_counts_gaps_that_lie_in_the_window() -> None:
+    traces = [
+        Trace(0, 0.0, tokens=[1, 2, 3, 4], times_s=[0.5, 1.0, 1.5, 4.0]),
+        Trace(1, 0.0, tokens=[1, 2], times_s=[1.2, 1.7]),
+    ]
+    assert pace(traces, 0.6, 2.0) == pytest.approx(2.0)
+    assert pace(traces, 2.0, 3.0) == 0.0

@@ -18,19 +18,25 @@ def test_without_growth_the_knee_is_at_the_end() -> None:
     assert shadow.knee([(1, 100.0), (64, 100.0)]).rows == pytest.approx(64.0)
 
 
-def test_a_shadow_costs_nothing_only_if_the_whole_interval_says_so() -> None:
-    assert shadow.verdict(0.99, 1.02) == "holds"
-    assert shadow.verdict(0.99, 1.04) == "inconclusive"
-    assert shadow.verdict(1.04, 1.2) == "does not hold"
+@pytest.mark.parametrize(
+    ("with_shadow", "expected"),
+    [([101.0] * 6, "holds"), ([99.0, 104.0] * 3, "inconclusive"), ([104.0] * 6, "does not hold")],
+)
+def test_a_shadow_costs_nothing_only_if_the_whole_interval_says_so(
+    with_shadow: list[float], expected: str
+) -> None:
+    none = [100.0] * 6
+    found = shadow.compare({"none": none, "shadow": with_shadow, "in turn": none, "at once": none})
+    assert found["verdict"] == expected
 
 
 def test_sides_are_compared_round_by_round() -> None:
     found = shadow.compare(
         {
-            "none": [100.0, 200.0],
-            "shadow": [101.0, 202.0],
-            "in turn": [150.0, 300.0],
-            "at once": [220.0, 440.0],
+            "none": [100.0, 200.0] * 3,
+            "shadow": [101.0, 202.0] * 3,
+            "in turn": [150.0, 300.0] * 3,
+            "at once": [220.0, 440.0] * 3,
         }
     )
     assert found["shadow"]["ratio"]["median"] == pytest.approx(1.01)

@@ -23,7 +23,7 @@ from tarragon.bench.load import LoadError, capacity_tokens_per_s, closed_loop, f
 from tarragon.bench.modes import MODES, TARRAGON, WITHOUT
 from tarragon.bench.progress import Bar
 from tarragon.bench.sides import Server
-from tarragon.bench.stats import paired_ratio, summary
+from tarragon.bench.stats import PAIRS_MIN, judge, paired_ratio, summary
 from tarragon.bench.steady_open import window
 from tarragon.bench.workloads import WORKLOADS, Workload
 from tarragon.cluster import Cluster, ClusterError
@@ -31,8 +31,6 @@ from tarragon.models.demo import ensure_demo_model
 
 WITHIN: Final = 0.03
 """The paper's claim: the largest deviation among all variants."""
-PAIRS_MIN: Final = 5
-"""An interval of fewer pairs says nothing: no bootstrap is wider than its few values."""
 CAPACITY_STREAMS: Final = 16
 WARM_INDEX, CAPACITY_INDEX = 1_000_000, 2_000_000
 QUICK_LAYERS: Final = 4
@@ -219,19 +217,14 @@ def conclude(found: dict[str, Any]) -> dict[str, Any]:
             **{figure: summary(windows[figure]) for figure in FIGURES},
             "ratio": ratios["tokens_per_s"],
             "tbt_ratio": ratios["tbt_median_ms"],
-            "verdict": verdict(ratios["tokens_per_s"]["ci95"], len(windows["tokens_per_s"])),
+            "verdict": judge(
+                ratios["tokens_per_s"]["ci95"],
+                len(windows["tokens_per_s"]),
+                at_least=1.0 - WITHIN,
+                at_most=1.0 + WITHIN,
+            ),
         }
     return result
-
-
-def verdict(ci95: list[float], pairs: int) -> str:
-    """Whether a ratio lies within WITHIN of 1, by the whole of its interval."""
-    low, high = ci95
-    if pairs < PAIRS_MIN:
-        return "inconclusive"
-    if low >= 1.0 - WITHIN and high <= 1.0 + WITHIN:
-        return "holds"
-    return "does not hold" if high < 1.0 - WITHIN or low > 1.0 + WITHIN else "inconclusive"
 
 
 def table(metrics: dict[str, Any]) -> str:

@@ -1,9 +1,8 @@
 """`tarragon bench checkpoint`: tokens/s without checkpoints, with Tarragon's, and with the baseline's (7.4).
 
 The baseline stops every few steps to copy the whole cache. One cluster under one closed-loop load; the way
-to checkpoint changes every few seconds, in an order that is drawn anew for each round, and the tokens of each
-window are counted. So all schemes meet the same streams, cores and moments, and a drift of the machine hits
-all alike. Beside it, without any comparison: the seconds that writing took of the attention workers' steps,
+to checkpoint changes every few seconds, in an order that is drawn anew for each round. So all schemes meet
+the same streams, cores and moments, and a drift of the machine hits all alike. Beside it, without any comparison: the seconds that writing took of the attention workers' steps,
 which bounds the cost from above, and the bytes written against the formula of appendix C.
 """
 
@@ -13,18 +12,15 @@ import argparse
 import asyncio
 import random
 import sys
-import time
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
-
 from tarragon.bench import output
-from tarragon.bench.load import LoadError, read_stream, session
+from tarragon.bench.load import LoadError
 from tarragon.bench.progress import Bar
 from tarragon.bench.stats import interval, paired_ratio, summary
-from tarragon.bench.timeline import Trace
-from tarragon.bench.workloads import Workload, random_workload
+from tarragon.bench.windows import EndlessLoad
+from tarragon.bench.workloads import random_workload
 from tarragon.cluster import Cluster, ClusterError
 from tarragon.models.demo import ensure_demo_model
 from tarragon.models.headers import read_json
@@ -33,7 +29,7 @@ from tarragon.models.shape import read_model
 COST_MAX: Final = 0.01
 """Promise 5 of the design."""
 PAUSES: Final = (1, 4, 8, 16, 32)
-SETTLE_S: Final = 0.5
+SETTLE_S: Final = 0.4
 """Left out at the start of a window: workers change at their next step."""
 QUICK_LAYERS: Final = 4
 _ELEMENT_BYTES: Final = 2
@@ -43,9 +39,9 @@ def parser() -> argparse.ArgumentParser:
     options = output.parser("checkpoint", __doc__)
     options.add_argument("--concurrency", type=int, default=16)
     options.add_argument("--window-s", type=float, default=4.0, help="seconds of each scheme in a round")
-    options.add_argument("--rounds", type=int, default=24, help="windows of each scheme")
+    options.add_argument("--rounds", type=int, default=12, help="windows of each scheme")
     options.add_argument(
-        "--pair-rounds", type=int, default=60, help="further windows of none against segments"
+        "--pair-rounds", type=int, default=100, help="further windows of none against segments"
     )
     options.add_argument("--attention-workers", type=int, default=2)
     options.add_argument("--expert-workers", type=int, default=2)
@@ -85,86 +81,40 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class _Load:
-    """A fixed number of streams, each replaced as it ends; counts tokens as they come."""
-
-    def __init__(self, url: str, model: str, workload: Workload, streams: int) -> None:
-        self._url, self._model, self._workload, self._streams = url, model, workload, streams
-        self._next = 0
-        self.live: list[Trace] = []
-        self.tokens_done = 0
-        self.stopping = False
-
-    @property
-    def tokens(self) -> int:
-        return self.tokens_done + sum(len(trace.tokens) for trace in self.live)
-
-    async def run(self) -> None:
-        async with session() as client, asyncio.TaskGroup() as group:
-            for _ in range(self._streams):
-                group.create_task(self._keep_one(client))
-
-    async def _keep_one(self, client: aiohttp.ClientSession) -> None:
-        while not self.stopping:
-            trace = Trace(self._next, time.monotonic())
-            self._next += 1
-            self.live.append(trace)
-            await read_stream(client, self._url, self._model, self._workload.body(trace.index), trace)
-            if trace.error:
-                raise LoadError(f"a request failed: {trace.error}")
-            self.tokens_done += len(trace.tokens)
-            self.live.remove(trace)
-
-
 async def _measure(
     options: argparse.Namespace, model: Path, cluster: Cluster, schemes: list[str], bar: Bar
 ) -> dict[str, Any]:
-    workload = random_workload(model)
-    load = _Load(cluster.url, model.name, workload, options.concurrency)
-    running = asyncio.create_task(load.run())
     rates: dict[str, list[float]] = {scheme: [] for scheme in schemes}
     pairs: dict[str, list[float]] = {"none": [], "segments": []}
     account: dict[str, float] = {}
     rng = random.Random(0)
-    try:
-        await asyncio.sleep(2 * SETTLE_S + 2.0)
+    load = EndlessLoad(cluster.url, model.name, random_workload(model), options.concurrency)
+
+    async with load:
         for number in range(options.rounds):
             bar.doing(f"round {number + 1} of {options.rounds}")
             for scheme in rng.sample(schemes, len(schemes)):
-                rates[scheme].append(await _window(cluster, load, running, scheme, options.window_s, account))
+                rates[scheme].append(await _window(cluster, load, scheme, options.window_s, account))
                 bar.done(options.window_s)
         for number in range(options.pair_rounds):
             bar.doing(f"pair {number + 1} of {options.pair_rounds}")
             for scheme in ("none", "segments") if number % 2 == 0 else ("segments", "none"):
-                pairs[scheme].append(await _window(cluster, load, running, scheme, options.window_s, account))
+                pairs[scheme].append(await _window(cluster, load, scheme, options.window_s, account))
                 bar.done(options.window_s)
-    finally:
-        load.stopping = True
-        cluster.admin.checkpointing("segments")
-    await running
     return conclude(rates, pairs, account, segment_bytes(model))
 
 
 async def _window(
-    cluster: Cluster,
-    load: _Load,
-    running: asyncio.Task[None],
-    scheme: str,
-    window_s: float,
-    account: dict[str, float],
+    cluster: Cluster, load: EndlessLoad, scheme: str, window_s: float, account: dict[str, float]
 ) -> float:
     """Tokens/s of one window; adds what its writing cost to ``account`` if it is Tarragon's."""
     await asyncio.to_thread(cluster.admin.checkpointing, scheme, reprotect=False)
     await asyncio.sleep(SETTLE_S)
     before = await asyncio.to_thread(_counters, cluster) if scheme == "segments" else {}
-    tokens, start_s = load.tokens, time.monotonic()
-    await asyncio.sleep(window_s - SETTLE_S)
-    tokens, took_s = load.tokens - tokens, time.monotonic() - start_s
-    if running.done():
-        await running
+    found = await load.window(window_s - SETTLE_S)
     for name, value in (await asyncio.to_thread(_counters, cluster)).items() if before else ():
         account[name] = account.get(name, 0.0) + value - before.get(name, 0.0)
-    return tokens / took_s
+    return found
 
 
 def _counters(cluster: Cluster) -> dict[str, float]:

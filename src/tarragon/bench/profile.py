@@ -37,6 +37,13 @@ ATTENTION: Final = (
 )
 EXPERT: Final = ("expert kernels", "gather and scatter", "doorbells and batching", "waiting for rows")
 PROCESS: Final = ("on a core", "waiting for a core", "asleep")
+_PALE: Final = {
+    "waiting for experts": "#dde7f0",
+    "waiting for rows": "#e8eef4",
+    "between steps": "#eeeeee",
+    "waiting for a core": "#f5cccc",
+    "asleep": "#f5f5f5",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -200,15 +207,16 @@ def report(metrics: Mapping[str, Any]) -> str:
 
 
 def draw(axes: Any, metrics: Mapping[str, Any]) -> None:
-    """One bar for each process, its second stacked from what it was spent on."""
+    """One bar for each process, its second stacked from what it was spent on; waiting is pale."""
     kinds = [*ATTENTION, *EXPERT, *PROCESS]
     names = list(metrics)
+    working = [kind for kind in kinds if kind not in _PALE]
+    colours = {**_PALE, **{kind: f"C{index}" for index, kind in enumerate(working)}}
     ends = [0.0] * len(names)
-    for index, kind in enumerate(kinds):
+    for kind in kinds:
         parts = [metrics[name]["seconds_per_second"].get(kind, 0.0) for name in names]
         if any(parts):
-            colour = f"C{index % 10}"
-            axes.barh(names, parts, left=ends, label=kind, color=colour, hatch="//" if index >= 10 else None)
+            axes.barh(names, parts, left=ends, label=kind, color=colours[kind])
             ends = [end + part for end, part in zip(ends, parts, strict=True)]
     axes.invert_yaxis()
     axes.set_xlim(0, 1)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tarragon.bench import output
 from tarragon.bench.progress import Bar
-from tarragon.bench.stats import interval, paired_ratio, summary
+from tarragon.bench.stats import interval, judge, paired_ratio, summary
 from tarragon.config import Config
 from tarragon.messages import ExpertId
 from tarragon.models.demo import ensure_demo_model
@@ -244,16 +244,9 @@ def compare(found: dict[str, list[float]]) -> dict[str, Any]:
         side: {"us": summary(values), "ratio": paired_ratio(values, found["none"])}
         for side, values in found.items()
     }
-    low, high = result["shadow"]["ratio"]["ci95"]
-    result["verdict"] = verdict(low, high)
+    ci95, pairs = result["shadow"]["ratio"]["ci95"], len(found["none"])
+    result["verdict"] = judge(ci95, pairs, at_least=1.0 - SAME_WITHIN, at_most=1.0 + SAME_WITHIN)
     return result
-
-
-def verdict(low: float, high: float) -> str:
-    """Whether a loaded shadow costs nothing, by the whole interval of its ratio."""
-    if low >= 1.0 - SAME_WITHIN and high <= 1.0 + SAME_WITHIN:
-        return "holds"
-    return "does not hold" if low > 1.0 + SAME_WITHIN or high < 1.0 - SAME_WITHIN else "inconclusive"
 
 
 def table(metrics: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from tarragon.boot import Boot
 from tarragon.control import WorkerControl
 from tarragon.experts.kernels import ResidentExperts, kernel_isa
-from tarragon.messages import Assign, Control, ExpertId, Failpoint, Ready, Report, Welcome
+from tarragon.messages import Assign, Control, ExpertId, Failpoint, Peers, Ready, Report, Welcome
 from tarragon.transport.link import DataLink
 from tarragon.transport.local import Connection
 
@@ -29,6 +29,8 @@ class ControlThread(WorkerControl):
         self.experts = experts
         self.links: queue.SimpleQueue[DataLink] = queue.SimpleQueue()
         self._counters = counters
+        self.on_colleagues: Callable[[int], None] = lambda _count: None
+        """Called with the number of expert workers that work, this one included, when it changes."""
         self.on_failpoint: Callable[[Failpoint], None] = lambda _order: None
         self._fingerprint = f"{fingerprint}, experts {kernel_isa()}"
         self._resident: dict[ExpertId, int] = {}
@@ -45,6 +47,8 @@ class ControlThread(WorkerControl):
         match message:
             case Welcome(assigned=wanted, order=order) | Assign(experts=wanted, order=order):
                 self._assignments.put((self._connections, order, wanted))
+            case Peers(peers=peers):
+                self.on_colleagues(sum(peer.role == "expert" for peer in peers))
             case Failpoint() if self.boot.config.failpoints:
                 self.on_failpoint(message)
             case _:

@@ -36,6 +36,7 @@ def main(boot: Boot) -> None:
     service = ExpertService(boot, experts)
     control = ControlThread(boot, experts, fingerprint(model), service.report)
     control.on_failpoint = service.arm
+    control.on_colleagues = service.share_cores
     control.start()
     service.serve(control)
 
@@ -51,6 +52,7 @@ class ExpertService:
 
     def __init__(self, boot: Boot, experts: ResidentExperts) -> None:
         self.boot, self.experts = boot, experts
+        self._threads = self._threads_wanted = boot.threads
         model = experts.model
         self._batcher = Batcher(len(model.moe_layers), boot.config)
         self._links: dict[int, DataLink] = {}
@@ -83,6 +85,14 @@ class ExpertService:
         if self._sizes is not None:
             counters |= self._sizes.counters()
         return counters, self._pairs.tolist()
+
+    def share_cores(self, workers: int) -> None:
+        """So many expert workers share the host now: when one dies, the others take its cores (5.1).
+
+        Rows do not depend on the number of threads (promise 3). Called by the control thread.
+        """
+        cores = len(os.sched_getaffinity(0))
+        self._threads_wanted = self.boot.config.threads("expert", cores, max(1, workers))
 
     def arm(self, order: Failpoint) -> None:
         """Die around a batch; called by the control thread."""
@@ -208,6 +218,9 @@ class ExpertService:
 
     def _run(self, batch: RunBatch) -> None:
         start = time.perf_counter()
+        if self._threads != self._threads_wanted:
+            self._threads = self._threads_wanted
+            torch.set_num_threads(self._threads)
         members = batch.members
         if len(members) == 1:
             self._run_in_place(members[0])

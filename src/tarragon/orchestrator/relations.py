@@ -9,7 +9,7 @@ from tarragon.orchestrator.membership import Incarnation, Membership, Worker
 
 _TALKS_TO: Final[dict[Role, tuple[Role, ...]]] = {
     "gateway": ("attention",),
-    "expert": ("attention",),
+    "expert": ("attention", "expert"),
     "attention": ("gateway", "expert", "store"),
     "store": ("attention",),
 }
@@ -21,7 +21,12 @@ def peers_of(worker: Worker, membership: Membership) -> list[Peer]:
     Or was: what the gateway does not hear of it gives up, and an adopted worker has its requests.
     """
     others = membership.by_role(*_TALKS_TO.get(worker.role, ()))
-    return [w.peer for w in others if w.connected and (w.serving or w.served or worker.role != "gateway")]
+    return [w.peer for w in others if w.connected and (w.serving or w.served or not _waits(worker, w))]
+
+
+def _waits(worker: Worker, other: Worker) -> bool:
+    """Whether a worker hears of the other only when that one works."""
+    return worker.role in ("gateway", other.role)
 
 
 def judges_of(suspect: Worker, reporter: Worker, membership: Membership) -> set[Incarnation]:
