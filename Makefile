@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | campaign: each works from a fresh clone.
+# make setup | demo | test | lint | campaign | fuzz: each works from a fresh clone.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

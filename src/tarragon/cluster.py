@@ -88,12 +88,12 @@ class Cluster:
     @property
     def url(self) -> str:
         """Base of the OpenAI-compatible API, without ``/v1``."""
-        return base_url("127.0.0.1", self._settings["port"], bool(self._settings.get("ssl_certfile")))
+        return base_url("127.0.0.1", int(self._settings["port"]), bool(self._settings.get("ssl_certfile")))
 
     @property
     def admin_url(self) -> str:
         is_tls = bool(self._settings.get("admin_ssl_certfile"))
-        return base_url("127.0.0.1", self._settings["admin_port"], is_tls)
+        return base_url("127.0.0.1", int(self._settings["admin_port"]), is_tls)
 
     @property
     def admin(self) -> AdminClient:

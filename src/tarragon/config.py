@@ -234,6 +234,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Requests in progress at the gateway, each of ``n`` texts counted; more get a 503."""
     http_body_bytes_max: int = 16 << 20
     """Largest body of one HTTP request."""
+    http_body_timeout_s: float = 60.0
+    """How long the body of one HTTP request may take to arrive; then it gets a 408."""
     prompts_per_request_max: int = 1_024
     """Most prompts or conversations in one request."""
     stop_strings_max: int = 64

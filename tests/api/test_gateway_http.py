@@ -344,23 +344,18 @@ def test_with_the_key_everything_is_there(gateway: Gateway) -> None:
     assert gateway.status("/version") == 200
 
 
-HOSTILE_GRAMMARS: dict[str, Any] = {
-    "json": {
-        "type": "object",
-        "minProperties": 100,
-        "maxProperties": 1000,
-        "properties": {f"p{number}": {} for number in range(1500)},
-    },
-    "grammar": "root ::= " + " ".join("[a-z]*" for _ in range(2000)),
+HOSTILE_SCHEMA = {
+    "type": "object",
+    "minProperties": 100,
+    "maxProperties": 1000,
+    "properties": {f"p{number}": {} for number in range(1500)},
 }
+"""A compiler of grammars expands it without end."""
 
 
-@pytest.mark.parametrize("kind", HOSTILE_GRAMMARS)
-def test_a_grammar_that_compiles_without_end_is_refused_and_streams_go_on(
-    gateway: Gateway, kind: str
-) -> None:
+def test_a_schema_that_compiles_without_end_is_refused_and_streams_go_on(gateway: Gateway) -> None:
     refusals: list[httpx.Response] = []
-    body = {"prompt": "x", "structured_outputs": {kind: HOSTILE_GRAMMARS[kind]}}
+    body = {"prompt": "x", "structured_outputs": {"json": HOSTILE_SCHEMA}}
     thread = threading.Thread(target=lambda: refusals.append(gateway.post("/v1/completions", **body)))
     thread.start()
     answered = 0

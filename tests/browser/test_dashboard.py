@@ -88,6 +88,42 @@ def test_all_of_it_works_from_the_keyboard(page: Page, url: str, recorded: Recor
     expect(page.locator("#throughput .cursor")).to_have_count(1)
 
 
+ADMIN_KEY = "the-admin-key-0123456789"
+
+
+def test_a_link_brings_the_key_and_the_address_forgets_it(
+    page: Page, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TARRAGON_ADMIN_KEY", ADMIN_KEY)
+    with serving(recorded) as url:
+        page.goto(f"{url}/#key={ADMIN_KEY}")
+        expect(card(page, "ew-0")).to_contain_text("healthy")
+        assert page.url == f"{url}/"
+        assert ADMIN_KEY not in page.content()
+        page.get_by_role("button", name="Kill ew-0").click()
+        page.locator("#ask-yes").click()
+        expect(page.locator("#said")).to_contain_text("ew-0")
+        page.reload()
+        expect(card(page, "ew-1")).to_contain_text("healthy")
+        assert page.evaluate("JSON.stringify(localStorage) + document.cookie").count(ADMIN_KEY) == 0
+
+
+def test_without_the_key_the_page_asks_for_it(
+    browser: Browser, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TARRAGON_ADMIN_KEY", ADMIN_KEY)
+    with serving(recorded) as url:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(url)
+        expect(page.locator("#ask-title")).to_have_text("Admin key")
+        expect(page.locator(".worker")).to_have_count(0)
+        page.locator("#ask-key input").fill(ADMIN_KEY)
+        page.locator("#ask-yes").click()
+        expect(card(page, "ew-0")).to_contain_text("healthy")
+        context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("shape", [(2, 2, 30, 8), (4, 8, 60, 128)])
 @pytest.mark.parametrize("size", [PHONE, {"width": 1280, "height": 900}])

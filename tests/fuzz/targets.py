@@ -219,7 +219,7 @@ def _wire_seeds() -> tuple[bytes, ...]:
     return tuple(b"".join(bytes(part) for part in codec.encode(message)) for message in messages)
 
 
-_LIMITS: Final = Limits(4, 4, 4, 16, 4, 64, 64)
+_LIMITS: Final = Limits(8, 4, 4, 4, 16, 4, 64, 64)
 _KNOWN: Final = frozenset(
     ["prompt", "messages", "n", "stop", "bad_words", "logit_bias", "response_format", "tools"]
 )

@@ -55,7 +55,9 @@ def admission(server: Server, workers: Workers, **changes: Any) -> Admission:
             "/tokenize": frozenset({"prompt"}),
         },
         "body_bytes_max": 1000,
+        "body_timeout_s": 5.0,
         "limits": Limits(
+            prompt_tokens=9,
             texts=8,
             prompts=4,
             stop_strings=3,
@@ -112,6 +114,7 @@ def test_a_good_request_reaches_the_server_unchanged() -> None:
         (b'{"prompt": ["a", "b", "c", "d", "e"]}', "prompt", "prompt must be at most 4, but are 5"),
         (b'{"prompt": [[1], [2], [3], [4], [5]]}', "prompt", "but are 5"),
         (b'{"messages": [[], [], [], [], []]}', "messages", "but are 5"),
+        (b'{"prompt": [ 1,2,3,4,5,6,7,8,9,10]}', "prompt", "is 9 tokens, but prompt has 10"),
         (b'{"stop": ["a", "b", "c", "d"]}', "stop", "at most 3 entries, but has 4"),
         (b'{"stop": "0123456789a"}', "stop", "at most 10 characters, but has 11"),
         (b'{"bad_words": ["0123456789a"]}', "bad_words", "at most 10 characters"),
@@ -164,6 +167,26 @@ def test_long_bodies_are_refused_before_they_are_read() -> None:
         # Without an announced length, at the first byte too many.
         status, _ = await ask(app, "/unknown", *[b"x" * 400] * 100)
         assert status == 413
+        assert server.bodies == []
+
+    asyncio.run(run())
+
+
+def test_a_body_that_does_not_come_is_given_up() -> None:
+    async def run() -> None:
+        server, sent = Server(), []
+        app = admission(server, Workers(), body_timeout_s=0.05)
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message)
+
+        async def receive() -> MutableMapping[str, Any]:
+            await asyncio.Event().wait()
+            return {}
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        await asyncio.wait_for(app(scope, receive, send), 5.0)
+        assert sent[0]["status"] == 408
         assert server.bodies == []
 
     asyncio.run(run())

@@ -264,4 +264,5 @@ def draw(axes: Any, metrics: dict[str, Any]) -> None:
         panel.set_title(kind)
         panel.set_xlabel("requests/s")
     panels[0].set_ylabel("output tokens/s")
-    panels[0].legend(fontsize="x-small", loc="lower right")
+    panels[0].set_ylim(top=1.35 * panels[0].get_ylim()[1])  # room for the legend
+    panels[0].legend(fontsize="x-small", loc="upper left")

@@ -47,9 +47,9 @@ _PLAN_KILL_S: Final = 10.0
 def parser() -> argparse.ArgumentParser:
     options = output.parser("costmodel", __doc__)
     options.add_argument(
-        "--points", type=int, nargs="+", default=[16, 64, 256], help="tokens before the kill"
+        "--points", type=int, nargs="+", help="tokens before the kill (default: 16 64 256; quick: 16 128)"
     )
-    options.add_argument("--trials", type=int, default=2, help="kills of each role at each point")
+    options.add_argument("--trials", type=int, help="kills of each role at each point (default: 2; quick: 1)")
     options.add_argument("--prompt-tokens", type=int, default=model_of.PAPER_PROMPT_TOKENS)
     options.add_argument("--quick", action="store_true", help="near points, one trial, the first layers")
     return options
@@ -58,8 +58,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Exit code 1 if one of the paper's observations does not follow from its constants, or a run failed."""
     options = parser().parse_args(argv)
+    options.points = options.points or ([16, 128] if options.quick else [16, 64, 256])
+    options.trials = options.trials or (1 if options.quick else 2)
     if options.quick:
-        options.points, options.trials = [16, 128], 1
         options.layers = options.layers or QUICK_LAYERS
     model = options.model or ensure_demo_model(layers=options.layers)
     settings = {

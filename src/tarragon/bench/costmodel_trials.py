@@ -113,13 +113,15 @@ async def kill(streams: Streams, role: str, point: int) -> dict[str, float]:
     done = _difference(before, await asyncio.to_thread(_restored, cluster))
     found = gaps([trace], trace.times_s[-1])
     usual_s = statistics.median(gap.length_s for gap in found if gap.end_s <= fault_s)
-    after_s = [gap.length_s for gap in found if gap.end_s > fault_s]
-    if not after_s:
+    after = [gap for gap in found if gap.end_s > fault_s]
+    if not after:
         raise LoadError(f"the stream ended before {victim.worker_id} was killed")
+    largest = max(after, key=lambda gap: gap.length_s)
     return {
         "token": float(sum(at <= fault_s for at in trace.times_s)),
         "rows": float(len(body["prompt"])) + sum(at <= fault_s for at in trace.times_s),
-        "stall_s": max(after_s) - usual_s,
+        "stall_s": largest.length_s - usual_s,
+        "stall_starts_s": largest.start_s - fault_s,
         "attempts": float(trace.attempts),
         "restore_s": done["restore_s"],
         "restored_positions": done["restored_positions"],

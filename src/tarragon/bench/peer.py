@@ -59,7 +59,9 @@ class MonolithicVllm:
         *flags: str,
         kv_cache_bytes: int = 1 << 30,
         environ: Mapping[str, str] | None = None,
+        startup_timeout_s: float = STARTUP_TIMEOUT_S,
     ) -> None:
+        self._startup_timeout_s = startup_timeout_s
         self.model, self.flags, self.kv_cache_bytes = model, flags, kv_cache_bytes
         self._environ = dict(environ or {})
         self.port = free_port()
@@ -95,9 +97,11 @@ class MonolithicVllm:
             },
         )
         while not self._healthy():
-            if self._process.poll() is not None or time.monotonic() - start > STARTUP_TIMEOUT_S:
+            ended, late = self._process.poll() is not None, time.monotonic() - start > self._startup_timeout_s
+            if ended or late:
                 self.__exit__(None, None, None)
-                raise PeerError(f"vLLM did not come up: {cause(self._tail)}\n{self._tail}")
+                why = f": {cause(self._tail)}" if ended else f" within {self._startup_timeout_s:g} s"
+                raise PeerError(f"vLLM did not come up{why}\n{self._tail}")
             time.sleep(0.2)
         self.startup_s = time.monotonic() - start
         return self

@@ -5,7 +5,8 @@ latency of one expert over its rows, with the knee: where the time to read the w
 below, equals the time that the rows take. Then rounds of four sides in turn, with as many rows each in total:
 *none*, an expert with nothing beside it; *shadow*, the same with a second expert loaded, not run; *in turn*,
 both run with half of the rows each in one call, as an expert worker does after a failover; and *at once*,
-both run at the same time on the same cores, as two CUDA streams do in the paper. Ratios are to *none*, round
+both run at the same time on the same cores, as two CUDA streams do in the paper, in two processes (one
+process cannot: the kernel is not re-entrant). Ratios are to *none*, round
 by round. Calls go around the layers, so that one layer's weights are not simply found in the cache.
 """
 
@@ -13,31 +14,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
-import threading
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 from tarragon.bench import output
 from tarragon.bench.progress import Bar
+from tarragon.bench.shadow_calls import Calls
 from tarragon.bench.stats import interval, judge, paired_ratio, summary
 from tarragon.config import Config
-from tarragon.messages import ExpertId
 from tarragon.models.demo import ensure_demo_model
-
-if TYPE_CHECKING:
-    import torch
-
-    from tarragon.experts.kernels import ResidentExperts
 
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SIDES: Final = ("none", "shadow", "in turn", "at once")
 SAME_WITHIN: Final = 0.03
 """A shadow costs nothing if the whole interval of its ratio lies so near to 1."""
 QUICK_LAYERS: Final = 4
-PRIMARY, SHADOW = 0, 1
 CARRIES_OVER: Final = (
     "The knee is this processor's; a GPU's lies at more rows. What carries over is that calls below it pay "
     "for reading weights, and that a shadow is bytes and no time. Two experts at once share the cores that "
@@ -86,8 +77,9 @@ def main(argv: list[str]) -> int:
     }
     found = output.result("shadow", settings, metrics)
     steps = options.rounds * (len(options.rows) + len(SIDES) * len(options.total))
+    # Before the bar: it forks, and the bar has a thread.
+    bench = Calls(model, threads, options.calls, max([*options.rows, *options.total]))
     with Bar("shadow", float(steps)) as bar:
-        bench = _Bench(model, threads, options.calls, max([*options.rows, *options.total]))
         metrics["expert_bytes"] = bench.expert_bytes
         metrics["latency_us"] = latency(bench, options.rows, options.rounds, bar)
         metrics["knee"] = knee(
@@ -107,98 +99,7 @@ def main(argv: list[str]) -> int:
 # ------------------------------------------------------------------ measuring
 
 
-class _Bench:
-    """The resident experts of one process, and calls of them that are timed."""
-
-    def __init__(self, model: Path, threads: int, calls: int, rows_max: int) -> None:
-        import torch
-        from vllm.platforms import current_platform
-
-        from tarragon.experts.kernels import ResidentExperts
-        from tarragon.models.expert_weights import ExpertWeights
-        from tarragon.models.shape import read_model
-
-        torch.set_num_threads(threads)
-        current_platform.import_kernels()
-        shape = read_model(model)
-        self.calls, self.expert_bytes, self._threads = calls, shape.expert_bytes, threads
-        self._cpu_s = self._wall_s = 0.0
-        self.layers = len(shape.moe_layers)
-        self.experts: ResidentExperts = ResidentExperts(shape, ExpertWeights(shape))
-        for layer in range(self.layers):
-            self.experts.load(ExpertId(layer, PRIMARY))
-        generator = torch.Generator().manual_seed(0)
-        dtype = getattr(torch, shape.dtype)
-        self.rows = torch.randn(rows_max, shape.hidden, generator=generator).to(dtype)
-        self.out = torch.empty_like(self.rows)
-        self.primary = torch.full((rows_max,), PRIMARY, dtype=torch.int32)
-        self.shadow = torch.full((rows_max,), SHADOW, dtype=torch.int32)
-
-    @property
-    def on_core_share(self) -> float:
-        """Of the time that was measured, the part in which this process had its cores."""
-        return self._cpu_s / (self._wall_s * self._threads)
-
-    def with_shadow(self, *, loaded: bool) -> None:
-        """Load a second expert in every layer, or give its memory back; the primary stays where it lies."""
-        act = self.experts.load if loaded else self.experts.unload
-        for layer in range(self.layers):
-            act(ExpertId(layer, SHADOW))
-
-    def alone(self, rows: int) -> float:
-        """Seconds per call of the primary with all rows."""
-        return self._timed(lambda layer: self._run(layer, self.primary[:rows], 0))
-
-    def in_turn(self, rows: int) -> float:
-        """Seconds per call of both experts, half of the rows each, in one call of the kernel."""
-        import torch
-
-        ids = torch.cat((self.primary[: rows - rows // 2], self.shadow[: rows // 2]))
-        return self._timed(lambda layer: self._run(layer, ids, 0))
-
-    def at_once(self, rows: int) -> float:
-        """Seconds until both experts, half of the rows each, called at the same moment, are through."""
-        import torch
-
-        half = rows // 2
-        start, end = threading.Barrier(2), threading.Barrier(2)
-
-        def other() -> None:
-            torch.set_num_threads(self._threads)  # each thread has a team of its own
-            for call in range(self.calls):
-                start.wait()
-                self._run(call % self.layers, self.shadow[:half], rows - half)
-                end.wait()
-
-        def one(layer: int) -> None:
-            start.wait()
-            self._run(layer, self.primary[: rows - half], 0)
-            end.wait()
-
-        helper = threading.Thread(target=other, daemon=True)
-        helper.start()
-        took_s = self._timed(one)
-        helper.join()
-        return took_s
-
-    def _run(self, layer: int, ids: torch.Tensor, first: int) -> None:
-        span = slice(first, first + len(ids))
-        self.experts.run(layer, self.rows[span], ids, self.out[span])
-
-    def _timed(self, call: Callable[[int], None]) -> float:
-        """Median seconds of one of ``calls`` calls, which go around the layers."""
-        took_s = []
-        cpu_s = time.process_time()
-        for number in range(self.calls):
-            start_s = time.perf_counter()
-            call(number % self.layers)
-            took_s.append(time.perf_counter() - start_s)
-        self._cpu_s += time.process_time() - cpu_s
-        self._wall_s += sum(took_s)
-        return statistics.median(took_s)
-
-
-def latency(bench: _Bench, sizes: Sequence[int], rounds: int, bar: Bar) -> dict[str, Any]:
+def latency(bench: Calls, sizes: Sequence[int], rounds: int, bar: Bar) -> dict[str, Any]:
     """Microseconds of one call by rows; all sizes in every round, so that a drift hits all alike."""
     found: dict[int, list[float]] = {rows: [] for rows in sizes}
     bench.alone(max(sizes))  # everything has run once
@@ -210,7 +111,7 @@ def latency(bench: _Bench, sizes: Sequence[int], rounds: int, bar: Bar) -> dict[
     return {str(rows): {**summary(values), "ci95": list(interval(values))} for rows, values in found.items()}
 
 
-def sides(bench: _Bench, total: int, rounds: int, bar: Bar) -> dict[str, list[float]]:
+def sides(bench: Calls, total: int, rounds: int, bar: Bar) -> dict[str, list[float]]:
     """Microseconds of each side in each round; the order turns around from round to round."""
     found: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(rounds):
@@ -271,8 +172,8 @@ def table(metrics: dict[str, Any]) -> str:
             "",
             output.table(["side", "median us", "of none", "from", "to"], rows),
             *lines,
-            f"this process had its cores for {metrics['on_core_share']:.0%} of the time; "
-            "the rest went to others, who make two threads at once look better than one",
+            f"this process had its cores for {metrics['on_core_share']:.0%} of the time measured alone; if "
+            "others take a good part of it nothing above counts, and two at once look better than one",
             metrics["carries_over"],
         ]
     )
@@ -306,4 +207,5 @@ def draw(axes: Any, metrics: dict[str, Any]) -> None:
     right.set_xticks([index + 1.5 * width for index in range(len(metrics["sides"]))], list(metrics["sides"]))
     right.set_xlabel("rows in total")
     right.set_ylabel("latency, of none")
-    right.legend(fontsize="small")
+    right.set_ylim(top=1.3 * right.get_ylim()[1])  # room for the legend
+    right.legend(fontsize="small", loc="upper left", ncols=2)

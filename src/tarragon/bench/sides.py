@@ -60,12 +60,14 @@ def _vllm(ways: int, *flags: str) -> Callable[[Path, Shape], AbstractContextMana
         if len(cores) < ways:
             raise PeerError(f"{ways} workers of one core each need {ways} cores, but there are {len(cores)}")
         environ = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores[:ways]))} if ways > 1 else {}
-        with MonolithicVllm(model, *flags, environ=environ) as peer:
+        with MonolithicVllm(model, *flags, environ=environ, startup_timeout_s=STARTUP_TIMEOUT_S) as peer:
             yield Server(peer.url, peer.model_name, peer.startup_s)
 
     return start
 
 
+STARTUP_TIMEOUT_S: Final = 240.0
+"""A peer that is not up after this long has not come up: it takes about 40 s, compiling included."""
 OURS: Final = "tarragon"
 DECOUPLED: Final = "decoupled"
 SIDES: Final[dict[str, Side]] = {

@@ -39,6 +39,7 @@ class Admission:
         workers: Workers,
         parameters: Mapping[str, frozenset[str]],
         body_bytes_max: int,
+        body_timeout_s: float,
         limits: Limits,
         waiting_max: int,
         wait_s: float,
@@ -51,6 +52,7 @@ class Admission:
         self._workers = workers
         self._parameters = parameters
         self._body_bytes_max = body_bytes_max
+        self._body_timeout_s = body_timeout_s
         self._limits = limits
         self._waiting_max = waiting_max
         self._wait_s = wait_s
@@ -73,7 +75,11 @@ class Admission:
 
     async def _admit(self, path: str, scope: Scope, receive: Receive) -> Receive:
         """Return a ``receive`` that replays the body, or raise Refusal."""
-        body = await self._read(scope, receive)
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                body = await self._read(scope, receive)
+        except TimeoutError as error:
+            raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive in time") from error
         known = self._parameters.get(path)
         if known is not None:
             check_request(body, known, self._limits)

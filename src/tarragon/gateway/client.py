@@ -69,7 +69,7 @@ class Client(EngineCoreClient):  # type: ignore[misc]
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = list(range(config.attention_workers))
         self._boot = boot
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._slots = EngineSlots(config.attention_workers)
         self._links: dict[str, Link] = {}
         self._drains: set[str] = set()
@@ -140,9 +140,9 @@ class Client(EngineCoreClient):  # type: ignore[misc]
     # ------------------------------------------------------------------ what links report
 
     def link_up(self, link: Link, facts: wire.Facts) -> None:
-        if facts.max_model_len < self._max_model_len:
+        if facts.max_model_len < self.max_model_len:
             raise ProtocolError(
-                f"it serves {facts.max_model_len} tokens, the gateway promises {self._max_model_len}"
+                f"it serves {facts.max_model_len} tokens, the gateway promises {self.max_model_len}"
             )
         if not self.was_available:
             self.on_first_facts(facts)

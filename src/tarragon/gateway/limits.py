@@ -28,6 +28,7 @@ NAME_CHARACTERS_SHOWN: Final = 100
 class Limits(NamedTuple):
     """Of one request; see the settings of the same names."""
 
+    prompt_tokens: int
     texts: int
     prompts: int
     stop_strings: int
@@ -37,8 +38,9 @@ class Limits(NamedTuple):
     tools_bytes: int
 
     @staticmethod
-    def of(config: Config) -> Limits:
+    def of(config: Config, max_model_len: int) -> Limits:
         return Limits(
+            max_model_len,
             config.texts_per_request_max,
             config.prompts_per_request_max,
             config.stop_strings_max,
@@ -86,6 +88,7 @@ def _check_counts(given: _Given, limits: Limits) -> None:
     texts = _decoded(given, "n", int)
     if texts is not None and texts > limits.texts:
         raise Refusal(HTTPStatus.BAD_REQUEST, f"n must be at most {limits.texts}, but is {texts}", "n")
+    _check_tokens(given, limits)
     for name in ("prompt", "messages"):
         prompts = _decoded(given, name, list[msgspec.Raw])
         # A list of numbers is one prompt, a list of objects one conversation.
@@ -102,6 +105,18 @@ def _check_counts(given: _Given, limits: Limits) -> None:
                 f"{name} must have at most {limits.token_lists} entries, but has {len(tokens)}",
                 name,
             )
+
+
+def _check_tokens(given: _Given, limits: Limits) -> None:
+    """A prompt of numbers is counted before anything takes it apart: that of millions takes seconds."""
+    raw = bytes(given.get("prompt", b""))
+    is_tokens = raw.startswith(b"[") and raw[1:].lstrip()[:1].isdigit()
+    if is_tokens and (tokens := raw.count(b",") + 1) > limits.prompt_tokens:
+        raise Refusal(
+            HTTPStatus.BAD_REQUEST,
+            f"the maximum context length is {limits.prompt_tokens} tokens, but prompt has {tokens}",
+            "prompt",
+        )
 
 
 def _check_strings(given: _Given, limits: Limits) -> None:

@@ -145,7 +145,8 @@ def admission(boot: Boot, client: Client, app: Any) -> Middleware:
         workers=client,
         parameters=known_parameters(app.routes),
         body_bytes_max=config.http_body_bytes_max,
-        limits=Limits.of(config),
+        body_timeout_s=config.http_body_timeout_s,
+        limits=Limits.of(config, client.max_model_len),
         waiting_max=config.request_queue_max,
         wait_s=config.attention_unavailable_timeout_s,
     )

@@ -145,7 +145,7 @@ class StatusServer:
         }
 
     async def start(self) -> None:
-        """Listen; raises AddressError if the address is taken or unknown, or needs a key that is not there."""
+        """Listen; raises AddressError if the address is taken or unknown, or needs a key and has none."""
         host, port = self._config.admin_host, self._config.admin_port
         try:
             self._keys = Keys(admin_keys(self._config))

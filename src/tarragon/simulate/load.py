@@ -42,7 +42,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Failures that close no connection, and so are noticed by probes only."""
     notice_us: int = 100
     """From a closed connection to its notice."""
-    probe_us: int = 30_000
+    probe_us: int = 150_000
     """From a hang to its notice."""
     restart_us: int = 20_000
     """From the notice to the replacement."""
