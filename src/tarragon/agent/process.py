@@ -132,11 +132,12 @@ def can_restore_priority() -> bool:
 
 
 def restore_priority() -> None:
-    """Give every thread of this worker normal priority; for a replacement that has become ready."""
+    """Give every thread of this worker its node agent's priority; for a replacement that has become ready."""
     for thread in os.listdir("/proc/self/task"):
         with suppress(OSError):
-            if os.getpriority(os.PRIO_PROCESS, int(thread)) > 0:
-                os.setpriority(os.PRIO_PROCESS, int(thread), 0)
+            normal = os.getpriority(os.PRIO_PROCESS, os.getppid())
+            if os.getpriority(os.PRIO_PROCESS, int(thread)) > normal:
+                os.setpriority(os.PRIO_PROCESS, int(thread), normal)
 
 
 def die_with_parent() -> None:

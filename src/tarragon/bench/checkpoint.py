@@ -2,8 +2,9 @@
 
 The baseline stops every few steps to copy the whole cache. One cluster under one closed-loop load; the way
 to checkpoint changes every few seconds, in an order that is drawn anew for each round. So all schemes meet
-the same streams, cores and moments, and a drift of the machine hits all alike. Beside it, without any comparison: the seconds that writing took of the attention workers' steps,
-which bounds the cost from above, and the bytes written against the formula of appendix C.
+the same streams, cores and moments, and a drift of the machine hits all alike. Beside it, without any
+comparison: the seconds that writing took of the attention workers' steps, which bounds the cost from above,
+and the bytes written against the formula of appendix C.
 """
 
 from __future__ import annotations
