@@ -203,6 +203,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Restarts of the orchestrator within orchestrator_restart_window_s before `serve` gives up."""
     orchestrator_restart_window_s: float = 60.0
     """The time in which restarts of the orchestrator are counted."""
+    orchestrator_start_timeout_s: float = 60.0
+    """An orchestrator that does not answer the node agent this long after its start is replaced."""
     orchestrator_silence_s: float = 5.0
     """An orchestrator that sends the node agent no sign of life for this long hangs, and is replaced."""
     replacement_nice: int = 10

@@ -64,7 +64,12 @@ class Agent:
     """A node agent in a process of its own, and the link of its orchestrator, which the test holds."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        settings = {"shutdown_grace_s": 1.0, "connect_timeout_s": 5.0, **options.pop("settings", {})}
+        settings = {
+            "shutdown_grace_s": 1.0,
+            "connect_timeout_s": 5.0,
+            "orchestrator_start_timeout_s": 5.0,
+            **options.pop("settings", {}),
+        }
         relay = f"tarragon-test/{secrets.token_hex(8)}"
         self.listener = Listener(
             "\0" + relay, RELAY_SECRET, frame_bytes_max=FRAME_BYTES_MAX, handshake_timeout_s=5

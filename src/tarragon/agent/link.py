@@ -57,9 +57,9 @@ class OrchestratorLink:
         return self._known_epoch > 0
 
     def begin(self) -> None:
-        """Drop the connection and dial from the next ``turn`` on, for ``connect_timeout_s``."""
+        """Drop the connection and dial from the next ``turn`` on, for ``orchestrator_start_timeout_s``."""
         self.end()
-        self._dial_until_s = time.monotonic() + self._config.connect_timeout_s
+        self._dial_until_s = time.monotonic() + self._config.orchestrator_start_timeout_s
 
     def end(self) -> None:
         """Drop the connection and stop dialling."""

@@ -23,7 +23,7 @@ from tarragon.checkpoint.writer import Checkpointer, Scheduled
 
 
 class Checkpoints:
-    """Built once the engine stands; ``begin``, ``load`` and ``end`` frame every step of it.
+    """Built once the engine stands; ``prepare``, ``begin``, ``load`` and ``end`` frame every step of it.
 
     Args:
         attempts: attempt number of every request that this worker has, kept by whoever takes requests.
@@ -104,21 +104,33 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ a step
 
-    def begin(self, scheduler_output: Any) -> None:
-        """Before a step: take back the records whose blocks it may overwrite. Raises Fenced."""
-        writer = self.writer
+    def prepare(self) -> None:
+        """Between steps: take up a bucket or a way to checkpoint, and protect what runs without."""
         while not self._granted.empty():
             fd = self._granted.get_nowait()
             try:
-                writer.attach(Bucket.map(fd, self._shape))
+                self.writer.attach(Bucket.map(fd, self._shape))
             finally:
                 os.close(fd)
-            if writer.enabled:
-                self.reprotector.began(scheduler_output.num_scheduled_tokens)
-        writer.check_seal()
+            if self.writer.enabled:
+                self.reprotector.began()
         if self._mode != self._asked_mode:
             self._mode = self._asked_mode
-            self._change(scheduler_output.num_scheduled_tokens)
+            self._change()
+        self.reprotector.poll()
+
+    def _change(self) -> None:
+        writer, had = self.writer, self.writer.enabled
+        writer.enable(self._mode.segments)
+        if not writer.enabled:
+            self.reprotector.ended()
+        elif not had and writer.bucket is not None and self._reprotect:
+            self.reprotector.began()
+
+    def begin(self, scheduler_output: Any) -> None:
+        """Before a step: take back the records whose blocks it may overwrite. Raises Fenced."""
+        writer = self.writer
+        writer.check_seal()
         writer.release(scheduler_output.finished_req_ids)
         scheduled, live = scheduler_output.num_scheduled_tokens, self._scheduler.requests
         writer.release(
@@ -130,14 +142,6 @@ class Checkpoints:
         )
         if scheduler_output.kv_cache_block_copies:
             writer.copy_blocks(scheduler_output.kv_cache_block_copies, max(self._block_sizes))
-
-    def _change(self, scheduled: dict[str, int]) -> None:
-        writer, had = self.writer, self.writer.enabled
-        writer.enable(self._mode.segments)
-        if not writer.enabled:
-            self.reprotector.ended()
-        elif not had and writer.bucket is not None and self._reprotect:
-            self.reprotector.began(scheduled)
 
     def load(self, scheduler_output: Any) -> None:
         """Just before the forward pass: put restored rows into the cache."""

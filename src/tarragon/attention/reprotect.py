@@ -14,7 +14,7 @@ from vllm.v1.request import RequestStatus
 
 
 class Reprotector:
-    """Over vLLM's scheduler; called by the engine thread between steps, but for ``began``."""
+    """Over vLLM's scheduler; called by the engine thread between steps."""
 
     def __init__(self, scheduler: Any, *, exact: bool) -> None:
         """``exact``: computing a request anew gives the same rows."""
@@ -28,17 +28,10 @@ class Reprotector:
         """Requests of which some rows are not written."""
         return len(self._missing) + bool(self._current)
 
-    def began(self, scheduled: dict[str, int]) -> None:
-        """Rows are written from now on, within a step of so many tokens of each request.
-
-        No later request may share a block whose rows were not written.
-        """
+    def began(self) -> None:
+        """Rows are written from now on. No later request may share a block whose rows were not written."""
         scheduler = self._scheduler
-        self._missing = {
-            request.request_id
-            for request in scheduler.running
-            if request.num_computed_tokens > scheduled.get(request.request_id, 0)
-        }
+        self._missing = {request.request_id for request in scheduler.running if request.num_computed_tokens}
         self._current = ""
         pool = scheduler.kv_cache_manager.block_pool
         pool.evict_blocks(set(range(len(pool.blocks))))

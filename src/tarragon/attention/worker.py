@@ -94,7 +94,7 @@ def serve(
         with TIMES.taken("intake_s"):
             requests.take_up(poll)
         resumer.poll()
-        checkpoints.reprotector.poll()
+        checkpoints.prepare()
         if engine.scheduler.has_requests():
             with TIMES.taken("step_s"):
                 try:

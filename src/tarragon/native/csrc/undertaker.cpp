@@ -3,7 +3,7 @@
 // Linux frees a dead process's memory before it closes its descriptors: about 0.1 ms a MiB on an idle machine and
 // ten times that on a busy one, in which nobody can tell that it is dead. The undertaker is a child that shares the
 // memory and nothing else. While it lives, the death of its parent frees nothing, and the sockets' end of file
-// follows the kill within a millisecond. Once the last thread of its parent is gone it ends as well, and frees the
+// follows the kill within milliseconds. Once the last thread of its parent is gone it ends as well, and frees the
 // memory at the lowest priority, out of the way of those who take over.
 #include <poll.h>
 #include <sched.h>
