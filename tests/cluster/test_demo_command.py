@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 def test_the_proof_holds(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     # Four layers write fast and without sense: the answer must outlast the search for its writer.
     monkeypatch.setattr(demo, "make_model", lambda notes: ensure_demo_model(layers=SMALL_LAYERS))
-    monkeypatch.setattr(demo, "BODY", {**demo.BODY, "max_tokens": 1_000, "ignore_eos": True})
+    monkeypatch.setattr(demo, "BODY", {**demo.BODY, "max_tokens": 700, "ignore_eos": True})
     monkeypatch.setattr(demo, "ATTENTION_DIES_AFTER", 200)
     monkeypatch.setenv("COLUMNS", "140")
     code = demo.main([])

@@ -23,14 +23,14 @@ OUTPUT_TOKENS = 32
 VOCABULARY = 40_000
 REPORT_TIMEOUT_S = 60.0
 """Workers report once a second."""
-ALONE = 16
+ALONE = 8
 """So many requests are sent one by one as well, to the last shape."""
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("weights", "shapes", "requests"),
-    [("demo model", ((1, 1), (2, 2), (2, 4)), 64), ("random weights", ((1, 1), (2, 4)), 32)],
+    [("demo model", ((1, 1), (2, 2), (2, 4)), 24), ("random weights", ((1, 1), (2, 4)), 16)],
     ids=["demo model", "random weights"],
 )
 def test_placement_and_company_change_nothing(
