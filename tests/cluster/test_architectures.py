@@ -30,3 +30,15 @@ def test_the_same_tokens_alone_and_in_company(kind: str, tmp_path: Path) -> None
         alone = ask(cluster.url, folder.name, bodies, concurrency=1)
     assert differing(together, alone) == []
     assert all(len(answer.tokens) == 8 for answer in alone)
+
+
+def test_latent_attention_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    """Its kernels add up in another order with another number of threads, which a smaller cluster would use."""
+    folder = random_checkpoint("deepseek_v3", tmp_path / "model")
+    bodies = mixed_requests(12, seed=3, vocabulary=2_000, long_tokens=300, output_tokens=24)
+    answers = []
+    for threads in (1, 2):
+        settings = {"attention_threads": threads, "kv_cache_bytes": 256 << 20}
+        with Cluster(folder, 1, 1, engine_args=FLAGS, **settings) as cluster:
+            answers.append(ask(cluster.url, folder.name, bodies, concurrency=12))
+    assert differing(*answers) == []

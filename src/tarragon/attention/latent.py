@@ -1,9 +1,10 @@
 """Latent attention (MLA, DeepSeek) whose rows do not depend on their batch (promise 3).
 
-vLLM's reference kernels look at one request at a time: prompts are computed whole, and the decode kernel
-divides each request's keys among its threads, so that it gets one thread. Its projections are what depends
-on the batch: two batched matrix products around the decode kernel and the one that unfolds the latent rows
-of a prompt round differently with the number of rows. Here all three run on our linear.
+vLLM's reference kernels look at one request at a time: prompts are computed whole. But the order in which
+the decode kernel adds up depends on the number of threads, so such a worker runs with one (see ``worker``).
+What depends on the batch are its projections: two batched matrix products around the decode kernel and the
+one that unfolds the latent rows of a prompt round differently with the number of rows. Here all three run on
+our linear.
 
 One thing stays outside: a prompt's rows come from unfolded keys, a decoded token's from folded ones,
 so that computing a decoded token again as part of a prompt changes its last bits.
@@ -51,15 +52,6 @@ class LatentAttention(CPUMLAImpl):
         self._w_uk_packed = [_Projection(unfold_keys[:, head, :]) for head in range(self.num_heads)]
         self._w_uv_packed = [_Projection(unfold_values[:, head, :].T) for head in range(self.num_heads)]
         self.kv_b_proj = _Projection(module.weight.to(act_dtype))
-
-    def forward_mqa(self, *args: Any, **kwargs: Any) -> Any:
-        """Decode with one thread: the kernel adds up one partial sum per thread."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return super().forward_mqa(*args, **kwargs)
-        finally:
-            torch.set_num_threads(threads)
 
 
 def _products(out: torch.Tensor, rows: torch.Tensor, heads: list[_Projection], *_: Any) -> None:

@@ -40,7 +40,8 @@ def main(boot: Boot) -> None:
         vllm_config.compilation_config.custom_ops.append("-rotary_embedding")
     tokens_max = vllm_config.scheduler_config.max_num_batched_tokens
     control, refe = _connect(boot, model, tokens_max)
-    prepare(refe, model, boot.threads)
+    # Latent attention adds up in an order that depends on the number of threads.
+    prepare(refe, model, 1 if vllm_config.model_config.use_mla else boot.threads)
     control.start()
     engine = build_engine(vllm_config)
     attempts: dict[str, int] = {}

@@ -37,7 +37,7 @@ VOCABULARY: Final = 40_000
 """Prompts are drawn from the first so many tokens."""
 TOKENIZER_SIZE: Final = 49_152
 RANDOM_LAYERS: Final = 4
-REPORT_S: Final = 2.0
+REPORT_S: Final = 15.0
 """After this, the workers' reports know of the last answer."""
 LOGPROBS: Final = 2
 
@@ -124,8 +124,7 @@ def run_piece(piece: str, model: Path, options: argparse.Namespace, answers: Pat
         start_s = time.monotonic()
         given = asyncio.run(ask(cluster.url, model.name, bodies, 1 if piece == ALONE else len(bodies)))
         took_s = time.monotonic() - start_s
-        time.sleep(REPORT_S)
-        status = cluster.status()
+        status = reported(cluster)
     if not status["exact"]:
         raise RuntimeError(f"the cluster does not claim to be exact: {status['exact_reason']}")
     idle = [w["id"] for w in status["workers"] if w.get("counters", {}).get("pairs") == 0]
@@ -134,6 +133,17 @@ def run_piece(piece: str, model: Path, options: argparse.Namespace, answers: Pat
     print(f"{piece}: {len(given)} answers in {took_s:.0f} s", file=sys.stderr)
     kept = {"model": model.name, "answers": given, "seconds": took_s}
     (answers / f"{piece}.json").write_text(json.dumps(kept))
+
+
+def reported(cluster: Cluster) -> dict[str, Any]:
+    """The status once every worker has said that it did something, or after REPORT_S."""
+    deadline_s = time.monotonic() + REPORT_S
+    while True:
+        status = cluster.status()
+        counters = [w.get("counters", {}) for w in status["workers"] if w["role"] in ("attention", "expert")]
+        if all(found.get("pairs") for found in counters) or time.monotonic() > deadline_s:
+            return status
+        time.sleep(0.1)
 
 
 async def ask(url: str, model: str, bodies: list[dict[str, Any]], concurrency: int) -> list[dict[str, Any]]:
