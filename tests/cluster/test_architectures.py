@@ -33,7 +33,7 @@ def test_the_same_tokens_alone_and_in_company(kind: str, tmp_path: Path) -> None
 
 
 def test_latent_attention_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
-    """Its kernels add up in another order with another number of threads, which a smaller cluster would use."""
+    """Its kernels add up in another order with more threads, which a smaller cluster would use."""
     folder = random_checkpoint("deepseek_v3", tmp_path / "model")
     bodies = mixed_requests(12, seed=3, vocabulary=2_000, long_tokens=300, output_tokens=24)
     answers = []
