@@ -22,7 +22,7 @@ BACK_MS = 60_000
 def cluster(browser: Browser) -> Iterator[Cluster]:
     """Only where there is a browser: a cluster takes its time."""
     model = ensure_demo_model(layers=SMALL_LAYERS)
-    with Cluster(model, 2, 2, engine_args=("--max-model-len=1024",)) as running:
+    with Cluster(model, 2, 2, engine_args=("--max-model-len=1024",), kv_cache_bytes=256 << 20) as running:
         yield running
 
 

@@ -64,14 +64,15 @@ class Checkpoints:
 
     def counters(self) -> dict[str, float]:
         """For the orchestrator: ``bucket`` is 1 while rows are written and the store is there."""
-        # An idle worker takes its bucket up with its next step.
+        # An idle worker takes its bucket, and another way to checkpoint, up with its next step.
         has_bucket = self.writer.bucket is not None or not self._granted.empty()
-        protected = has_bucket and self._store_up
+        writes = self._asked_mode.segments and (self._mode.segments or not self._scheduler.running)
+        protected = has_bucket and self._store_up and writes
         return {
-            "bucket": float(protected and self._mode.segments),
+            "bucket": float(protected),
             "requests_behind": float(self.reprotector.missing),
             "needs_checkpoints": float(not self.reprotector.exact),
-            "requests_unprotected": float(self._unprotected(protected and self._mode.segments)),
+            "requests_unprotected": float(self._unprotected(protected)),
             "snapshot_bytes": float(self._snapshot.bytes_copied),
             **self.writer.counters.as_dict(),
             **self.restorer.counters.as_dict(),

@@ -144,6 +144,8 @@ class StoreClient(threading.Thread):
         try:
             status = os.fstat(fd)
             memory = status.st_dev, status.st_ino
+            if incarnation != self._me and self._known.get(incarnation, memory) != memory:
+                self._forget(incarnation)  # it was dropped while we were away, and asked for anew
             if self._known.setdefault(incarnation, memory) != memory:
                 raise ProtocolError("it is not the memory that was handed out before")
             if incarnation == self._me:

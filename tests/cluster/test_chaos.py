@@ -1,0 +1,122 @@
+"""Chaos by hand: every process is killed in turn under one stream, whose reader notices nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from tarragon.admin import AdminError
+from tarragon.cluster import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+IN_TURN = ("ew-0", "aw-0", "store", "orchestrator", "ew-1", "aw-1")
+"""All but the gateway, whose streams end with it, and the node agent, which is the service."""
+CONTEXT_TOKENS = 4_096
+PROMPT = "The lighthouse keeper wrote in his diary:"
+BACK_S = 120.0
+
+
+class Reader(threading.Thread):
+    """Reads one stream until it is told to stop."""
+
+    def __init__(self, url: str, model: str, tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.tokens: list[int] = []
+        self.fault = ""
+        self.stopping = False
+        self._url = f"{url}/v1/completions"
+        self._body = {
+            "model": model,
+            "prompt": PROMPT,
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "temperature": 0.8,
+            "seed": 7,
+            "stream": True,
+            "return_token_ids": True,
+        }
+
+    def run(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=BACK_S) as response:
+                for line in response.iter_lines():
+                    if self.stopping:
+                        return
+                    self._take(line)
+        except httpx.HTTPError as error:
+            self.fault = f"{type(error).__name__}: {error}"
+
+    def _take(self, line: str) -> None:
+        if line.startswith("data: {"):
+            event: dict[str, Any] = json.loads(line[6:])
+            if "error" in event:
+                self.fault = str(event["error"])
+                return
+            self.tokens += event["choices"][0].get("token_ids") or []
+
+
+def until(done: Callable[[], bool], what: str) -> None:
+    end_s = time.monotonic() + BACK_S
+    while not done():
+        assert time.monotonic() < end_s, what
+        time.sleep(0.05)
+
+
+def is_back(cluster: Cluster, worker_id: str, pid: int) -> bool:
+    """Whether another process is this worker, and nothing is missing."""
+    try:
+        status = cluster.status()
+    except AdminError:  # the orchestrator itself was killed
+        return False
+    pids = {worker["id"]: worker["pid"] for worker in status["workers"]}
+    return pids.get(worker_id, pid) != pid and status["full_capacity"] and status["protected"]
+
+
+def test_every_process_but_the_gateway_is_killed_in_turn(clusters: Any, model_name: str) -> None:
+    cluster: Cluster = clusters.get(2, 2, f"--max-model-len={CONTEXT_TOKENS}")
+    cluster.wait_for("protected", BACK_S)
+    reader = Reader(cluster.url, model_name, CONTEXT_TOKENS - 100)
+    reader.start()
+    for victim in IN_TURN:
+        seen = len(reader.tokens)
+        until(lambda seen=seen: len(reader.tokens) > seen + 5, f"no token came before {victim} was killed")
+        pid = cluster.pids()[victim]
+        os.kill(pid, signal.SIGKILL)
+        until(lambda victim=victim, pid=pid: is_back(cluster, victim, pid), f"{victim} did not come back")
+        assert reader.is_alive(), f"the stream ended with {victim}: {reader.fault}"
+    seen = len(reader.tokens)
+    until(lambda: len(reader.tokens) > seen + 5, "no token came in the end")
+    reader.stopping = True
+    reader.join(BACK_S)
+    assert not reader.fault
+
+    again = Reader(cluster.url, model_name, len(reader.tokens))
+    again.start()
+    again.join(BACK_S)
+    assert again.tokens == reader.tokens
+
+
+def test_the_gateways_death_is_an_error_and_service_returns(cluster: Cluster, model_name: str) -> None:
+    cluster.wait_for("protected", BACK_S)
+    reader = Reader(cluster.url, model_name, 900)
+    reader.start()
+    until(lambda: len(reader.tokens) > 5, "no token came")
+    pid = cluster.pids()["gateway"]
+    os.kill(pid, signal.SIGKILL)
+    reader.join(BACK_S)
+    assert not reader.is_alive()
+    assert reader.fault, "a stream that is cut off must not look complete"
+    until(lambda: is_back(cluster, "gateway", pid), "the gateway did not come back")
+    again = Reader(cluster.url, model_name, len(reader.tokens))
+    again.start()
+    again.join(BACK_S)
+    assert again.tokens == reader.tokens
