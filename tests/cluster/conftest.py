@@ -56,8 +56,9 @@ class Clusters:
         key = (attention_workers, expert_workers, flags, tuple(sorted(settings.items())))
         running = self._running.pop(key, None)
         if running is None:
-            while len(self._running) >= RUNNING_MAX:
-                self._end(next(iter(self._running)))
+            idle = [known for known in self._running if known not in self._lent]
+            while idle and len(self._running) >= RUNNING_MAX:
+                self._end(idle.pop(0))
             settings = {"kv_cache_bytes": KV_CACHE_BYTES, **settings}
             running = Cluster(
                 self._model, attention_workers, expert_workers, engine_args=(*FLAGS, *flags), **settings

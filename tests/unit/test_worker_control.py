@@ -55,7 +55,7 @@ def boot_of(role: Role) -> Boot:
         role=role,
         epoch=7,
         model="",
-        config=Config(report_interval_ms=50.0, connect_timeout_s=0.2),
+        config=Config(report_interval_ms=50.0, connect_timeout_s=3.0),
     )
 
 
