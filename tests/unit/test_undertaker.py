@@ -35,7 +35,7 @@ def ended(pid: int) -> bool:
 
 
 def descriptors(pid: int) -> list[str]:
-    """What the process holds open; between two listings one may close, as the undertaker does at its start."""
+    """What the process holds open now; the undertaker is closing what it inherited meanwhile."""
     held = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
