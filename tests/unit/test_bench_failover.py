@@ -121,7 +121,7 @@ def test_settings_reach_the_cluster_and_unknown_ones_are_refused() -> None:
 
 def test_a_smaller_cluster_gets_no_more_threads_per_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failover.os, "sched_getaffinity", lambda _: set(range(8)))
-    assert failover.threads(Config(expert_workers=4)) == {"attention_threads": 4, "expert_threads": 2}
+    assert failover.attention_threads(Config(attention_workers=4)) == {"attention_threads": 2}
 
 
 # ------------------------------------------------------------------ owners

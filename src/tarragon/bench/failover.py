@@ -187,7 +187,7 @@ class Failover:
             await self._peer(bar)
 
     def _cluster(self, lost: int = 0) -> Cluster:
-        """The cluster of the options, ``lost`` workers of the role smaller but with the same threads each."""
+        """The cluster of the options, or what ``lost`` dead workers of the role leave of it."""
         options = self._options
         counts = {"attention": options.attention_workers, "expert": options.expert_workers}
         config = load_config(environ={}, flags={**options.settings, **_counts(counts)})
@@ -197,7 +197,7 @@ class Failover:
             counts["attention"],
             counts["expert"],
             engine_args=ENGINE_ARGS,
-            **{**options.settings, **threads(config)},
+            **{**options.settings, **attention_threads(config)},
         )
 
     # ------------------------------------------------------------------ parts
@@ -336,7 +336,9 @@ def _counts(counts: dict[str, int]) -> dict[str, int]:
     return {f"{role}_workers": count for role, count in counts.items()}
 
 
-def threads(config: Config) -> dict[str, int]:
-    """Threads of each role as settings, so that a smaller cluster does not get more per worker."""
-    cores = len(os.sched_getaffinity(0))
-    return {f"{role}_threads": config.threads(role, cores) for role in ("attention", "expert")}
+def attention_threads(config: Config) -> dict[str, int]:
+    """Threads of an attention worker as a setting, so that those of a smaller cluster do not get more.
+
+    Surviving expert workers do take a dead one's cores, and those of a smaller cluster are to as well.
+    """
+    return {"attention_threads": config.threads("attention", len(os.sched_getaffinity(0)))}

@@ -26,17 +26,24 @@ def kernel_isa() -> str:
     return "amx" if torch.cpu._is_amx_tile_supported() else "vec"
 
 
-class _Slots:
+class Slots:
     """One tensor [E, ...] over anonymous memory: a slot per logical expert, pages only where filled."""
 
     def __init__(self, experts: int, like: torch.Tensor) -> None:
         self._slot_bytes = like.nbytes
-        self._memory = mmap.mmap(-1, experts * self._slot_bytes)
+        # Private: pages of shared memory, which is what mmap gives by itself, stay when they are released.
+        self._memory = mmap.mmap(-1, experts * self._slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         flat = torch.frombuffer(self._memory, dtype=like.dtype)
         self.tensor = flat.view(experts, *like.shape)
 
     def fill(self, expert: int, value: torch.Tensor) -> None:
         self.tensor[expert].copy_(value)
+
+    def pack(self, expert: int, weight: torch.Tensor, isa: str) -> None:
+        """Lay a matrix out as the kernel reads it, right where the kernel will read it."""
+        torch.ops._C.prepack_moe_weight(
+            weight.unsqueeze(0).contiguous(), self.tensor[expert : expert + 1], isa
+        )
 
     def release(self, expert: int) -> None:
         """Give the slot's whole pages back to the system."""
@@ -49,12 +56,12 @@ class _Slots:
 
 @dataclass(frozen=True)
 class _LayerWeights:
-    w13: _Slots
-    w2: _Slots
-    b13: _Slots | None
-    b2: _Slots | None
+    w13: Slots
+    w2: Slots
+    b13: Slots | None
+    b2: Slots | None
 
-    def present(self) -> list[_Slots]:
+    def present(self) -> list[Slots]:
         return [slots for slots in (self.w13, self.w2, self.b13, self.b2) if slots is not None]
 
 
@@ -86,14 +93,14 @@ class ResidentExperts:
         if self.resident[expert.layer, expert.expert]:
             return 0
         w13, w2, b13, b2 = self._weights.load(expert.layer, expert.expert)
-        packed13 = ops.cpu_prepack_moe_weight(w13.unsqueeze(0).contiguous(), self._isa)[0]
-        packed2 = ops.cpu_prepack_moe_weight(w2.unsqueeze(0).contiguous(), self._isa)[0]
-        parts = [part for part in (packed13, packed2, b13, b2) if part is not None]
-        layer = self._layers[expert.layer] or self._reserve(expert.layer, packed13, packed2, b13, b2)
-        for slots, part in zip(layer.present(), parts, strict=True):
-            slots.fill(expert.expert, part)
+        layer = self._layers[expert.layer] or self._reserve(expert.layer, w13, w2, b13, b2)
+        layer.w13.pack(expert.expert, w13, self._isa)
+        layer.w2.pack(expert.expert, w2, self._isa)
+        for slots, bias in ((layer.b13, b13), (layer.b2, b2)):
+            if slots is not None and bias is not None:
+                slots.fill(expert.expert, bias)
         self.resident[expert.layer, expert.expert] = True
-        return sum(part.nbytes for part in parts)
+        return sum(part.nbytes for part in (w13, w2, b13, b2) if part is not None)
 
     def unload(self, expert: ExpertId) -> None:
         """Forget an expert and give its memory back; the caller knows that no row for it can be under way."""
@@ -106,17 +113,17 @@ class ResidentExperts:
     def _reserve(
         self,
         position: int,
-        packed13: torch.Tensor,
-        packed2: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
         b13: torch.Tensor | None,
         b2: torch.Tensor | None,
     ) -> _LayerWeights:
         experts = self.model.experts
         layer = _LayerWeights(
-            w13=_Slots(experts, packed13),
-            w2=_Slots(experts, packed2),
-            b13=None if b13 is None else _Slots(experts, b13),
-            b2=None if b2 is None else _Slots(experts, b2),
+            w13=Slots(experts, w13),
+            w2=Slots(experts, w2),
+            b13=None if b13 is None else Slots(experts, b13),
+            b2=None if b2 is None else Slots(experts, b2),
         )
         self._layers[position] = layer
         return layer
