@@ -21,7 +21,8 @@ from tarragon.boot import Boot
 from tarragon.config import SEND_TIMEOUT_S
 from tarragon.messages import Control, ExpertId, Hello, ProtocolError, Ready, Refused, Stop
 from tarragon.transport.local import Connection, Listener, dial
-from tarragon.transport.probe import ProbeResponder, probe_open
+from tarragon.transport.probe import probe_open
+from tarragon.transport.responder import ProbeResponder
 
 _REDIAL_PAUSE_S: Final = 0.02
 _EXHAUSTED_PAUSE_S: Final = 0.05

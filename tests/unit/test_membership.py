@@ -56,7 +56,7 @@ EVENTS: dict[str, Callable[[Membership, str, int], object]] = {
 COMMANDS: dict[str, Callable[[Membership, str], object]] = {
     "drain": lambda m, i: m.drain(i),
     "retire": lambda m, i: m.retire(i, "asked"),
-    "kill": lambda m, i: m.kill(i),
+    "running": lambda m, i: m.running(i),
 }
 LEGAL = {
     ("starting", "healthy"),
@@ -233,10 +233,10 @@ def test_drain_needs_another_healthy_worker_of_the_role() -> None:
 
 def test_kill_names_the_incarnation_and_changes_no_state() -> None:
     membership = running("ew-0")
-    worker = membership.kill("ew-0")
+    worker = membership.running("ew-0")
     assert worker.state == "healthy"
     membership.connection_lost("ew-0", worker.epoch, "connection lost")
     with pytest.raises(MembershipError, match="no running process"):
-        membership.kill("ew-0")
+        membership.running("ew-0")
     with pytest.raises(MembershipError, match="is dead already"):
         membership.retire("ew-0", "asked")

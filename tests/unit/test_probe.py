@@ -35,11 +35,11 @@ from tarragon.transport.probe import (
     Answer,
     ProbeChannel,
     ProbeRefused,
-    ProbeResponder,
     pack_probe,
     probe_open,
     unpack_answer,
 )
+from tarragon.transport.responder import ProbeResponder
 
 EPOCH = 7
 

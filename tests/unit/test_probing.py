@@ -18,7 +18,8 @@ from tarragon.orchestrator.membership import Membership, Worker
 from tarragon.orchestrator.probing import Prober
 from tarragon.orchestrator.suspicions import judge
 from tarragon.testing.ends import SECRET, WAIT_S, listen, new_address, process
-from tarragon.transport.probe import ProbeResponder, probe_open
+from tarragon.transport.probe import probe_open
+from tarragon.transport.responder import ProbeResponder
 
 CONFIG = Config(
     probe_silence_ms=20.0,

@@ -42,12 +42,20 @@ class PreloadError(RuntimeError):
 
 
 def import_all(names: Iterable[str]) -> None:
-    """Import modules in the order given; raises PreloadError."""
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            raise PreloadError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+    """Import modules in the order given; raises PreloadError.
+
+    No garbage is collected meanwhile: almost nothing that an import makes is any, and looking for it in
+    five thousand modules costs a seventh of their time.
+    """
+    gc.disable()
+    try:
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except Exception as error:
+                raise PreloadError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+    finally:
+        gc.enable()
 
 
 def settle() -> int:

@@ -19,7 +19,7 @@ from typing import Any, Final
 from tarragon.bench import output
 from tarragon.bench.load import LoadError
 from tarragon.bench.progress import Bar
-from tarragon.bench.stats import interval, paired_ratio, summary
+from tarragon.bench.stats import interval, judge, paired_ratio, summary
 from tarragon.bench.windows import EndlessLoad
 from tarragon.bench.workloads import random_workload
 from tarragon.cluster import Cluster, ClusterError
@@ -159,7 +159,7 @@ def conclude(
     off = rates["none"] + pairs["none"]
     costs = [1.0 - a / b for a, b in zip(on, off, strict=True)]
     low, high = interval(costs)
-    verdict = "holds" if high <= COST_MAX else "does not hold" if low > COST_MAX else "inconclusive"
+    verdict = judge([low, high], len(costs), at_most=COST_MAX)
     metrics["cost"] = {**summary(costs), "ci95": [low, high], "verdict": verdict}
     if account.get("step_s"):
         metrics["writing_share_of_steps"] = account["checkpoint_s"] / account["step_s"]

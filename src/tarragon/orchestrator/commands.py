@@ -28,7 +28,7 @@ class Commands:
 
     def kill(self, worker_id: str, number: int) -> tuple[Worker, list[Action]]:
         """Send signal ``number`` to a worker; nothing else changes until its effect shows."""
-        worker = self._membership.kill(worker_id)
+        worker = self._membership.running(worker_id)
         if number in _DEADLY:
             self._recovery.meant.add((worker_id, worker.epoch))
         order = SignalWorker(worker_id=worker_id, epoch=worker.epoch, signal=number)
@@ -83,7 +83,7 @@ class Commands:
         """Have a worker die the ``after``-th time that it comes by a named place. Raises MembershipError."""
         if not self._recovery.config.failpoints:
             raise MembershipError("this cluster was started without --failpoints")
-        worker = self._membership.kill(worker_id)
+        worker = self._membership.running(worker_id)
         names = NAMES.get(worker.role, ())
         if name not in names:
             raise MembershipError(f"{worker_id} has no failpoint {name}; it has {', '.join(names) or 'none'}")

@@ -287,7 +287,7 @@ class Membership:
             raise MembershipError(f"{worker_id} is dead already")
         return self._die(worker, cause, "removed")
 
-    def kill(self, worker_id: str) -> Worker:
+    def running(self, worker_id: str) -> Worker:
         """The incarnation that a signal is meant for. The signal itself changes no state: its effect will.
 
         Raises MembershipError if there is no such worker or no process of it.

@@ -1,7 +1,7 @@
 """How a peer is asked "do you live?": a control connection of its own per pair, and fixed-size frames (4.1).
 
 The side that watches dials, says ``ProbeOpen`` and then sends probes of 32 bytes; the other side's native
-thread answers each with the progress of its computing thread, whoever holds the interpreter lock meanwhile.
+thread (``responder.py``) answers each with the progress of its computing thread.
 """
 
 from __future__ import annotations
@@ -11,16 +11,9 @@ import select
 import socket
 import struct
 import time
-from contextlib import suppress
 from typing import Final, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from tarragon import native
 from tarragon.messages import ProbeAccepted, ProbeOpen, ProtocolError, Refused, decode_control
-from tarragon.transport.connection import Connection
 from tarragon.transport.local import dial
 from tarragon.transport.sockets import SEND_FLAGS, hang_up
 
@@ -32,9 +25,6 @@ _FRAME: Final = struct.Struct("<IHHIIQQ")
 PROBE_FRAME_BYTES: Final = _FRAME.size
 PROBE_OPEN_BYTES_MAX: Final = 1_024
 """Longest first frame of a probe channel."""
-_THREAD_NAME: Final = "probe"
-CHANNELS_MAX: Final = 1_024
-"""Most probe channels that one worker answers; further ones are refused."""
 _SEQUENCES_PER_READ: Final = 128
 
 
@@ -173,69 +163,3 @@ class ProbeChannel:
     def _end(self, cause: str) -> None:
         if not self.eof:
             self.eof, self.end_cause = True, cause
-
-
-def _hurry() -> bool:
-    """Give the native thread real-time priority; False without the right to (CAP_SYS_NICE).
-
-    It works for some microseconds per probe. Measured with two busy cores and load 7: without it an answer
-    missed up to 30 ms, with it none missed 10 ms.
-    """
-    for task in os.listdir("/proc/self/task"):
-        with suppress(OSError), open(f"/proc/self/task/{task}/comm") as comm:
-            if comm.read().strip() == _THREAD_NAME:
-                os.sched_setscheduler(int(task), os.SCHED_RR, os.sched_param(1))
-                return True
-    return False
-
-
-class ProbeResponder:
-    """The answering side: one native thread per process, which needs no interpreter lock.
-
-    ``progress`` is a uint64 [1]; the computing thread adds to it with every unit of work it has done.
-    ``refused`` counts connections that were not for this incarnation. Raises ValueError if the process has
-    one already.
-    """
-
-    def __init__(self, epoch: int, *, channels_max: int = CHANNELS_MAX) -> None:
-        self.epoch = epoch
-        self.refused = 0
-        self.progress: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
-        # The tensor shares the array's memory, and the native side keeps it.
-        native.probe_start(torch.from_numpy(self.progress.view(np.int64)), epoch, channels_max)
-        self.realtime = _hurry()
-        """Whether the thread goes before all others: where that is allowed, no load delays an answer."""
-
-    def adopt(self, connection: Connection, opened: ProbeOpen) -> bool:
-        """Answer on ``connection``, which asked for it and is taken over; False if it was refused."""
-        try:
-            if opened.receiver_epoch != self.epoch:
-                self.refused += 1
-                reason = f"the probe is for epoch {opened.receiver_epoch}, but this worker is {self.epoch}"
-                connection.send_control(Refused(reason=reason))
-                return False
-            connection.send_control(ProbeAccepted(epoch=self.epoch))
-            # Handed over, not duplicated: a second descriptor would keep the channel in the native thread's
-            # epoll set after that thread has closed its own.
-            native.probe_adopt(connection.sock.detach())
-        except ConnectionError:
-            return False
-        finally:
-            # Not close(): it would cut the connection, the duplicate's as well.
-            with suppress(OSError):
-                connection.sock.close()
-        return True
-
-    @property
-    def counters(self) -> dict[str, float]:
-        answered, malformed, channels = native.probe_counters()
-        return {
-            "probes_answered": float(answered),
-            "probe_channels": float(channels),
-            "probe_channels_refused": float(malformed + self.refused),
-            "probe_realtime": float(self.realtime),
-        }
-
-    def close(self) -> None:
-        """End the thread and its channels."""
-        native.probe_stop()
