@@ -176,6 +176,8 @@ def test_a_closed_link_is_replayed_at_once_as_priority() -> None:
         assert layer(refe) < 40
         assert lost == [("ew-0", "connection closed")]
         assert refe.counters.replayed_pairs == 6
+        assert refe.counters.replays == 1
+        assert 0.0 < refe.counters.replay_s < refe.counters.wait_s
         assert [bool(frame.flags & 2) for frame in workers[1].frames if frame.kind == 2] == [
             False,
             False,

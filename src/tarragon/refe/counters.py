@@ -12,6 +12,8 @@ class RefeCounters(Counters):
         self.layers = 0
         self.pairs = 0
         self.replayed_pairs = 0
+        self.replays = 0
+        self.replay_s = 0.0
         self.links_lost = 0
         self.links_hung = 0
         self.probes = 0

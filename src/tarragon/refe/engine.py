@@ -166,6 +166,7 @@ class Refe:
         start = time.monotonic()
         self.take_posts()
         self.progress[0] += 1
+        replayed_pairs = self.counters.replayed_pairs
         pairs = expert_ids.numel()
         work = Layer(layer_id, expert_ids, token_embeddings, self._pair_slot[:pairs], self._pair_row[:pairs])
         try:
@@ -190,6 +191,9 @@ class Refe:
         counters = self.counters
         counters.layers += 1
         counters.pairs += pairs
+        if counters.replayed_pairs != replayed_pairs:
+            counters.replays += 1
+            counters.replay_s += collected - sent
         counters.dispatch_s += sent - start
         counters.wait_s += collected - sent
         counters.combine_s += time.monotonic() - collected
