@@ -14,7 +14,6 @@ start and end are what is tested.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +27,9 @@ from tarragon.models.demo import ensure_demo_model
 
 LOG_CHARACTERS = 20_000
 """Of the end of a cluster's log, for a test that failed."""
-RUNNING_MAX = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-"""Clusters alive at once; the one used longest ago ends first. An idle one costs memory only, but two for
-each of several processes that test side by side are too much of it."""
+RUNNING_MAX = 2
+"""Clusters alive at once in a test process; the one used longest ago ends first. An idle one costs memory
+only, about 2.5 GiB."""
 KV_CACHE_BYTES = 256 << 20
 WHOLE_TIMEOUT_S = 120.0
 FLAGS = (
