@@ -84,7 +84,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """"segments": every new row of every request; "none": no protection; "pause-N": the whole cache every N
     steps, a baseline to compare with."""
     bucket_linger_s: float = 30.0
-    """How long the checkpoints of a dead attention worker are kept for those who restore its requests."""
+    """How long the checkpoints of a dead attention worker are kept for those who restore its requests, from
+    when there is one."""
+    store_wait_s: float = 3.0
+    """How long a new attention worker waits for the checkpoint store before it takes requests without."""
 
     # --- expert batching (5.2)
     batch_join_wait_us_max: int = 20_000
@@ -141,7 +144,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     a suspect is as soon as its peers would say so."""
 
     failpoints: bool = False
-    """Whether workers may be told over the status API to die at a named place: for tests only."""
+    """Whether workers may be told over the admin API to die at a named place: for tests only."""
 
     # --- control plane
     handshake_timeout_s: float = 10.0
@@ -172,7 +175,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     crash_loop_uptime_s: float = 2.0
     """A worker that dies before it was healthy for this long may be in a crash loop."""
     crash_loop_restarts_max: int = 5
-    """After so many such deaths in a row the worker is given up, until a person asks for it."""
+    """After more than so many such deaths in a row the worker is given up, until a person asks for it."""
     restart_backoff_s: float = 0.5
     """Pause before the second restart in a row; it doubles with every further one. The first is immediate."""
     restart_backoff_s_max: float = 30.0
@@ -192,9 +195,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     history_samples_max: int = 900
     """Samples that /history remembers: a quarter of an hour at the default interval."""
     admin_body_bytes_max: int = 16 << 10
-    """Largest body of one request to the status API."""
+    """Largest body of one request to the admin API."""
     admin_request_timeout_s: float = 10.0
-    """Longest time to read one request to the status API."""
+    """Longest time to read one request to the admin API."""
 
     # --- node agent (5.4)
     start_failures_max: int = 2

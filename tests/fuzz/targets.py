@@ -210,6 +210,7 @@ def _wire_seeds() -> tuple[bytes, ...]:
         wire.Attach(gateway_epoch=1, worker_epoch=2),
         wire.Facts(worker_id="aw-0", epoch=1, max_model_len=9, num_gpu_blocks=3, block_size=16),
         wire.Add(attempt=1, request=request, sent=[1], origins=[wire.Origin("aw-1", 2, 3)]),
+        wire.Hold({"r": 1}),
         wire.Abort({"r": 1}),
         wire.Outputs({"r": 1}, outputs),
         wire.Utility(1, "reset_prefix_cache", [True, None]),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarragon.checkpoint.bucket import Bucket, BucketError, BucketShape
-from tarragon.checkpoint.restore import Restorer, RowKind, Source
+from tarragon.checkpoint.restore import Attempt, Restorer, RowKind, Source
 from tarragon.checkpoint.writer import Checkpointer, Fenced, Rows, Scheduled
 from tarragon.transport.memory import create_sealed
 
@@ -74,7 +74,7 @@ def reader(worker: Worker) -> Restorer:
 
 
 def found(reader: Restorer, name: str = "r", attempt: int = 1) -> Source | None:
-    return reader.find(name, [("aw-0", 7, attempt)])
+    return reader.find(name, [Attempt("aw-0", 7, attempt)])
 
 
 @pytest.mark.parametrize("deferred", [True, False])
@@ -130,10 +130,36 @@ def test_the_longest_commit_wins(worker: Worker, reader: Restorer) -> None:
     worker.write(0, 0, 6)
     worker.commit("r", 0, 6, attempt=1)
     reader.add("aw-1", 9, other.fd)
-    source = reader.find("r", [("aw-1", 9, 2), ("aw-0", 7, 1)])
+    source = reader.find("r", [Attempt("aw-1", 9, 2), Attempt("aw-0", 7, 1)])
     assert source is not None
     assert source.record.positions == 6
     other.close()
+
+
+@pytest.mark.parametrize("length", [190, 191, 192, 5_000])
+def test_ids_of_any_length_have_records_of_their_own(length: int, worker: Worker, reader: Restorer) -> None:
+    """Clients choose them (X-Request-Id); one that is too long for a record must not end the worker."""
+    first, second = "a" * length, "a" * (length - 1) + "\u00e9"
+    worker.write(0, 0, 6)
+    worker.commit(first, 0, 6)
+    worker.commit(second, 0, 5)
+    for name, positions in ((first, 6), (second, 5)):
+        source = found(reader, name)
+        assert source is not None
+        assert source.record.positions == positions
+    assert found(reader, "a" * (length + 1)) is None
+
+
+def test_a_living_worker_is_not_fenced(worker: Worker, reader: Restorer) -> None:
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6)
+    source = reader.find("r", [Attempt("aw-0", 7, 1, living=True)])
+    assert source is not None
+    worker.writer.check_seal()
+    worker.commit("other", 1, 3)
+    assert reader.read(source, 0, 6, KINDS) is not None, "others go on, and its own record stands"
+    worker.commit("r", 0, 6)
+    assert reader.read(source, 0, 6, KINDS) is None, "it has not held: what was read may be of two steps"
 
 
 def test_a_released_record_is_gone(worker: Worker, reader: Restorer) -> None:

@@ -87,6 +87,18 @@ def test_a_bucket_lingers_after_its_incarnation_is_missing_and_never_without_new
     assert list(ledger.entries) == [("aw-1", 2)]
 
 
+def test_buckets_stay_while_nobody_lives_who_could_restore_from_them() -> None:
+    ledger = make()
+    ledger.open("aw-0", 1, 1000)
+    ledger.living([], 100.0)
+    assert ledger.next_due_s() is None
+    assert ledger.due(1e9) == []
+    ledger.living([("aw-0", 2)], 500.0)
+    assert ledger.next_due_s() == 530.0
+    assert ledger.due(529.0) == []
+    assert ledger.due(530.0) == [("aw-0", 1)]
+
+
 def test_an_incarnation_that_is_named_again_keeps_its_bucket() -> None:
     ledger = make()
     ledger.returned("aw-0", 1, 1000)

@@ -318,6 +318,23 @@ def test_the_requests_of_32_streams_are_on_the_wire_at_once() -> None:
     run(test)
 
 
+def test_a_number_that_no_message_can_hold_is_a_400_and_the_link_goes_on() -> None:
+    async def test(cluster: Cluster) -> None:
+        worker = await cluster.worker("aw-0")
+        await cluster.connected("aw-0")
+        huge = request("huge")
+        huge.sampling_params.top_k = 1 << 70
+        await cluster.client.add_request_async(huge)
+        await cluster.until(lambda: "huge" in cluster.failed)
+        assert "cannot be given to a worker" in cluster.failed["huge"]
+        assert cluster.statuses["huge"] == 400
+        await cluster.client.add_request_async(request("r", tokens=4))
+        assert await cluster.text("r", tokens=4) == expected(worker.added[0])
+        assert len(worker.attached) == 1, "it is the first link still"
+
+    run(test)
+
+
 def test_requests_wait_for_the_first_worker_and_not_for_ever() -> None:
     async def test(cluster: Cluster) -> None:
         await cluster.client.add_request_async(request("late"))

@@ -16,7 +16,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from tarragon.gateway.streams import Action, Fail, Send, Streams
-from tarragon.gateway.wire import Abort, Add
+from tarragon.gateway.wire import Abort, Add, Hold
 
 WORKERS = ("aw-0", "aw-1", "aw-2")
 WAIT_S = 50.0
@@ -76,7 +76,7 @@ class Failover(RuleBasedStateMachine):
                     assert attempt == self.attempts.get(request_id, 0) + 1
                     self.attempts[request_id] = attempt
                     self.workers[name].running[request_id] = (attempt, len(sent))
-                case Send(worker=name, message=Abort(attempts=attempts)):
+                case Send(worker=name, message=Hold(attempts=attempts) | Abort(attempts=attempts)):
                     for request_id, attempt in attempts.items():
                         if self.workers[name].running.get(request_id, (0, 0))[0] == attempt:
                             del self.workers[name].running[request_id]

@@ -12,7 +12,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from tarragon.gateway.continuing import with_seed
 from tarragon.gateway.streams import Action, Fail, Send, Streams
-from tarragon.gateway.wire import Abort, Add, Origin
+from tarragon.gateway.wire import Abort, Add, Hold, Origin
 
 
 def request(request_id: str, *, temperature: float = 1.0, seed: int | None = None) -> EngineCoreRequest:
@@ -216,9 +216,13 @@ def test_what_a_suspects_worker_runs_goes_to_the_others() -> None:
     actions = live.worker_down("aw-0", "killed", 0.0)
     owner = live.live["killer"].owner
     assert owner is not None
-    moved, killer = actions
+    held, moved, killer = actions
+    assert isinstance(held, Send)
     assert isinstance(moved, Send)
     assert isinstance(killer, Send)
+    assert isinstance(moved.message, Add)
+    assert held == Send(owner, Hold({moved.message.request.request_id: 1}))
+    assert moved.message.origins == [Origin(owner, 1, 1, living=True)], "it must not be fenced"
     assert killer.worker == owner != moved.worker
     assert live.counters.moved == 1
     assert live.loads[owner].running == {"killer": 3}
@@ -259,8 +263,10 @@ def test_a_drain_seals_at_once_and_aborts_once_the_rows_are_taken_over() -> None
     live = streams("aw-0", "aw-1")
     live.add(request("r"), 0.0)
     live.accept("aw-0", {"r": 1}, [output("r", 5)], 0.0)
-    add = added(live.drain("aw-0", 1.0))
-    assert (add.sent, add.origins) == ([5], [Origin("aw-0", 1, 1)])
+    hold, *given = live.drain("aw-0", 1.0)
+    assert hold == Send("aw-0", Hold({"r": 1}))
+    add = added(given)
+    assert (add.sent, add.origins) == ([5], [Origin("aw-0", 1, 1, living=True)])
     assert live.live["r"].failovers == 0, "nobody died"
     assert live.accept("aw-0", {"r": 1}, [output("r", 6)], 1.0) == []
     assert live.due() == []
@@ -279,7 +285,9 @@ def test_the_worker_of_a_drained_request_may_die_and_the_request_may_end() -> No
     live.drain("aw-0", 0.0)
     assert live.live["a"].owner == "aw-2"
     add = added(live.worker_down("aw-2", "killed", 1.0))
-    assert add.origins == [Origin("aw-2", 1, 2), Origin("aw-0", 1, 1)]
+    assert add.origins == [Origin("aw-2", 1, 2), Origin("aw-0", 1, 1, living=True)], (
+        "only the dead are fenced"
+    )
     actions = live.abort(["a"])
     assert sorted(action.worker for action in actions if isinstance(action, Send)) == ["aw-0", "aw-1"]
     assert live.drained() == {"aw-0"}
@@ -289,6 +297,23 @@ def test_the_worker_of_a_drained_request_may_die_and_the_request_may_end() -> No
     live.accept("aw-2", {"b": 2}, [output("b", 1, last=True)], 2.0)
     assert live.due() == []
     assert not live.live
+
+
+@pytest.mark.parametrize(("others", "owner"), [((), "aw-0"), (("aw-2",), "aw-2")])
+def test_what_a_living_worker_holds_goes_to_it_again_only_if_there_is_no_other(
+    others: tuple[str, ...], owner: str
+) -> None:
+    live = streams("aw-0", "aw-1")
+    live.add(request("r"), 0.0)
+    live.drain("aw-0", 0.0)
+    live.draining.clear()  # as a worker that was emptied for a suspect
+    for name in others:
+        live.worker_up(name, 1, 0.0)
+        live.loads[name].add("load", 1_000)
+    assert sent_to(live.worker_down("aw-1", "killed", 1.0)) == (owner, 3)
+    live.loads.pop("aw-2", None)
+    aborts = {action.worker: action.message for action in live.abort(["r"]) if isinstance(action, Send)}
+    assert aborts[owner] == Abort({"r": 3}), "the attempt that runs, not the one that is held"
 
 
 def test_a_drained_worker_ends_what_nobody_else_can_take() -> None:

@@ -98,6 +98,7 @@ def test_outputs_arrive_with_logprobs_of_every_size() -> None:
     "message",
     [
         wire.Attach(1 << 20 | 3, 7),
+        wire.Hold({"a": 1}),
         wire.Abort({"a": 1, "b": 0}),
         wire.Utility(9, "reset_prefix_cache", [False, True]),
     ],

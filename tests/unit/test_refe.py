@@ -168,6 +168,63 @@ def test_nobody_is_asked_while_all_answer() -> None:
         assert (refe.counters.probes, [worker.probed for worker in workers], lost) == (0, [0, 0], [])
 
 
+def acknowledged(refe: Refe) -> list[tuple[int, frozenset[int]]]:
+    """Versions of tables as they are acknowledged, with the slots that owe answers at that moment."""
+    told: list[tuple[int, frozenset[int]]] = []
+    refe._on_table = lambda version: told.append((version, refe._exchange.owing))
+    return told
+
+
+def test_a_table_is_acknowledged_once_all_rows_of_older_ones_are_back() -> None:
+    """Only then may an expert worker drop what the table no longer names: it may be computing with it."""
+    with group(2) as (refe, workers, _):
+        layer(refe)
+        told = acknowledged(refe)
+        for worker in workers:
+            worker.answer_after_s = 0.05
+        refe.on_gap = lambda: refe.post(table(workers, 2))
+        layer(refe)
+        assert told == [(2, frozenset())]
+        refe.on_gap = lambda: None
+        refe.post(table(workers, 3))
+        refe.woken()
+        assert told[1:] == [(3, frozenset())], "between layers at once"
+
+
+def test_the_dead_do_not_keep_a_table_from_being_acknowledged() -> None:
+    with group(2) as (refe, workers, _):
+        layer(refe)
+        told = acknowledged(refe)
+        workers[0].hangs = True
+
+        def gap() -> None:
+            refe.post(table(workers, 2))
+            workers[0].die()
+
+        refe.on_gap = gap
+        layer(refe)
+        assert [version for version, _ in told] == [2]
+
+
+def test_a_table_is_acknowledged_while_an_expert_is_waited_for() -> None:
+    """The memory for that expert may be what another one gives back after the acknowledgement."""
+    with group(2) as (refe, workers, _):
+        layer(refe)
+        alone = [[[expert % 2] for expert in range(EXPERTS)]] * LAYERS
+        both = table(workers, 3)
+        refe._on_table = lambda version: refe.post(both) if version == 2 else None
+        workers[0].hangs = True
+        workers[1].answer_after_s = 0.05
+
+        def gap() -> None:
+            refe.on_gap = lambda: None
+            refe.post(NewTable(Table(version=2, workers=both.table.workers, candidates=alone)))
+            workers[0].die()
+
+        refe.on_gap = gap
+        layer(refe)
+
+
 def test_a_closed_link_is_replayed_at_once_as_priority() -> None:
     with group(2) as (refe, workers, lost):
         layer(refe)

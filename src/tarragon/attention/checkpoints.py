@@ -62,6 +62,11 @@ class Checkpoints:
         )
         self.client.start()
 
+    def wait_for_store(self, timeout_s: float) -> None:
+        """Until it has shown other workers' checkpoints; without it, what they ran is computed anew."""
+        if self.layers and not self.client.connected.wait(timeout_s):
+            print(f"the checkpoint store was not reached in {timeout_s:g} s", file=sys.stderr)
+
     def counters(self) -> dict[str, float]:
         """For the orchestrator: ``bucket`` is 1 while rows are written and the store is there."""
         # An idle worker takes its bucket, and another way to checkpoint, up with its next step.
@@ -150,7 +155,7 @@ class Checkpoints:
             self.seat.load(scheduler_output.kv_connector_metadata.loads)
 
     def end(self, scheduler_output: Any) -> None:
-        """After the forward pass, before anything of it is shown: commit (promise 4)."""
+        """Output commit: after the forward pass, before anything of it is shown."""
         self._steps += 1
         if self._mode.pause_steps and self._steps % self._mode.pause_steps == 0:
             self._snapshot.take()

@@ -37,7 +37,7 @@ def build_engine(vllm_config: Any) -> Any:
 
 
 def fingerprint(model: MoeModel) -> str:
-    """What must be equal for two workers to give the same bits (promise 3)."""
+    """What must be equal for two workers to give the same bits (exactness)."""
     from vllm.version import __version__ as vllm_version
 
     isa = "amx" if torch.cpu._is_amx_tile_supported() else torch.backends.cpu.get_cpu_capability()

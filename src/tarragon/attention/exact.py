@@ -1,4 +1,4 @@
-"""Batch-invariant kernels for the attention worker: promise 3 of the design.
+"""Batch-invariant kernels for the attention worker: the promise of exactness.
 
 A token's row must not depend on who else is in the batch. On CPUs with AMX
 tiles vLLM's packed linear is invariant from five rows on; everywhere else

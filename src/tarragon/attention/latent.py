@@ -1,4 +1,4 @@
-"""Latent attention (MLA, DeepSeek) whose rows do not depend on their batch (promise 3).
+"""Latent attention (MLA, DeepSeek) whose rows do not depend on their batch (exactness).
 
 vLLM's reference kernels look at one request at a time: prompts are computed whole. But the order in which
 the decode kernel adds up depends on the number of threads, so such a worker runs with one (see ``worker``).

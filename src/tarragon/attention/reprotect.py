@@ -1,7 +1,7 @@
 """How do requests that ran while nothing was written become protected? They are computed anew, one at a time.
 
 The engine's cache cannot be copied out exactly (see ``capture``), but a request's rows are the same whenever
-they are computed (promise 3): so it is preempted, as under a small cache, and its rows are taken as
+they are computed (exactness): so it is preempted, as under a small cache, and its rows are taken as
 they come. Not for latent attention, where a decoded token's row differs from a prompt's.
 """
 

@@ -17,6 +17,7 @@ from tarragon.gateway.wire import (
     Attach,
     Codec,
     Facts,
+    Hold,
     Message,
     Outputs,
     Resumed,
@@ -50,6 +51,8 @@ class Requests:
         self._link: Connection | None = None
         self._gateway_epoch = -1
         self._attempts = attempts
+        self.deferred: list[Add] = []
+        """Requests to be taken up after the next step, which forgets an older attempt of theirs."""
         self._poll = select.poll()
 
     # ------------------------------------------------------------------ in
@@ -57,6 +60,9 @@ class Requests:
     def take_up(self, idle_poll: Any) -> None:
         """Handle everything that has arrived, without waiting; ``idle_poll`` follows the link."""
         self._attach_newcomers(idle_poll)
+        deferred, self.deferred = self.deferred, []
+        for message in deferred:
+            self._begin(message)
         while self._link is not None and self._poll.poll(0):
             try:
                 frame = self._link.recv(0.0)
@@ -106,6 +112,8 @@ class Requests:
         match message:
             case Add():
                 self._add(message)
+            case Hold():
+                self._hold(message.attempts)
             case Abort():
                 known = [
                     name for name, attempt in message.attempts.items() if self._attempts.get(name) == attempt
@@ -121,15 +129,36 @@ class Requests:
         if name in self._attempts:
             self._forget([name])  # an older attempt, whose abort is on its way
         self._attempts[name] = message.attempt
+        self._begin(message)
+
+    def _begin(self, message: Add) -> None:
+        if message.request.request_id in self._engine.scheduler.finished_req_ids:
+            # An older attempt has ended, and the next step will clear away what goes by this name.
+            self.deferred.append(message)
+            return
         if message.sent or message.origins:
             self._resumer.add(message)
             return
         request, wave = self._engine.preprocess_add_request(message.request)
         self._engine.add_request(request, wave)
 
+    def _hold(self, attempts: dict[str, int]) -> None:
+        """Compute these no further: what was committed of them is being taken over by another worker."""
+        scheduler = self._engine.scheduler
+        for name, attempt in attempts.items():
+            if self._attempts.get(name) != attempt:
+                continue
+            request = scheduler.requests.get(name)
+            if request is not None and request in scheduler.running:
+                scheduler.running.remove(request)  # an abort finds it among all requests
+            else:
+                self._forget([name])  # it has no rows here
+
     def _forget(self, names: list[str]) -> None:
         for name in names:
             del self._attempts[name]
+        gone = set(names)
+        self.deferred = [message for message in self.deferred if message.request.request_id not in gone]
         self._resumer.abort(names)
         self._engine.abort_requests(names)
 

@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from tarragon.attention.capture import CachedLayer
 from tarragon.attention.randomness import PositionalGenerator
 from tarragon.checkpoint.bucket import slots_at
-from tarragon.checkpoint.restore import LayerRows, Restorer, Source
+from tarragon.checkpoint.restore import Attempt, LayerRows, Restorer, Source
 from tarragon.gateway.wire import Add, Resumed
 
 
@@ -53,6 +53,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         self._layers = layers
         self._block_sizes = block_sizes
         self._sources: dict[str, Source] = {}
+        self._origins: dict[str, Sequence[Attempt]] = {}
         self._read: dict[str, tuple[int, int, list[LayerRows]]] = {}
         self._loads: list[Load] = []
         self.resumed: dict[str, Resumed] = {}
@@ -62,7 +63,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         return False
 
-    def expect(self, request_id: str, origins: Sequence[tuple[str, int, int]]) -> int:
+    def expect(self, request_id: str, origins: Sequence[Attempt]) -> int:
         """Look for the rows of a request that is about to be queued; returns the positions found."""
         self.resumed[request_id] = Resumed()
         start = time.perf_counter()
@@ -72,10 +73,12 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
             self._restorer.counters.restore_misses += 1
             return 0
         self._sources[request_id] = source
+        self._origins[request_id] = origins
         return source.record.positions
 
     def forget(self, request_id: str) -> None:
         self._sources.pop(request_id, None)
+        self._origins.pop(request_id, None)
         self._read.pop(request_id, None)
         self.resumed.pop(request_id, None)
 
@@ -95,6 +98,8 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
                 return 0, False
             begin = time.perf_counter()
             rows = self._restorer.read(source, num_computed_tokens, stop, self._kinds)
+            if rows is None and (newer := self._committed_since(request.request_id, source)) is not None:
+                rows = self._restorer.read(newer, num_computed_tokens, stop, self._kinds)
             self._restorer.counters.restore_s += time.perf_counter() - begin
             if rows is None:
                 print(
@@ -107,9 +112,19 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
             self._read[request.request_id] = (num_computed_tokens, stop, rows)
         return stop - num_computed_tokens, False
 
+    def _committed_since(self, request_id: str, source: Source) -> Source | None:
+        """A newer commit of a living worker, which may have ended a step before it learned to hold."""
+        if source.bucket.unchanged(source.record):
+            return None
+        newer = self._restorer.find(request_id, self._origins[request_id])
+        if newer is None or newer.record.positions < source.record.positions:
+            return None
+        return newer
+
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         read = self._read.pop(request.request_id, None)
         self._sources.pop(request.request_id, None)
+        self._origins.pop(request.request_id, None)
         if not num_external_tokens or read is None:
             return
         start, stop, rows = read
@@ -183,7 +198,7 @@ class Resumer:
     def add(self, message: Add) -> None:
         """Queue a request behind the tokens that were sent; called between steps."""
         request, _ = self._engine.preprocess_add_request(message.request)
-        origins = [(origin.worker_id, origin.epoch, origin.attempt) for origin in message.origins]
+        origins = [Attempt(o.worker_id, o.epoch, o.attempt, o.living) for o in message.origins]
         self._seat.expect(request.request_id, origins)
         if not message.sent:
             self._engine.add_request(request)

@@ -1,4 +1,4 @@
-"""Attention whose arithmetic does not depend on how a prompt is cut into chunks (promise 3).
+"""Attention whose arithmetic does not depend on how a prompt is cut into chunks (exactness).
 
 vLLM's CPU kernel walks the keys in tiles whose size it derives from the number
 of queries that one work item holds; a prompt's rows then differ, in the last

@@ -51,6 +51,8 @@ def main(boot: Boot) -> None:
     checkpoints.writer.traffic = refe.traffic
     control.counters = checkpoints.counters
     control.on_mode = checkpoints.ask_mode
+    # Requests may wait for this worker whose rows only the store can show to it.
+    checkpoints.wait_for_store(boot.config.store_wait_s)
     control.ready(fingerprint(model), inexact_reason(vllm_config.model_config))
     requests = Requests(engine, control, vllm_config, checkpoints.resumer, attempts)
     control.on_failpoint = Failpoints(refe, checkpoints, requests).arm
@@ -90,7 +92,8 @@ def serve(
         busy = engine.scheduler.has_requests()
         if not busy:
             refe.end_step()
-            poll.poll(GRAMMAR_POLL_MS if resumer.waiting else None)
+            refe.progress[0] += 1  # waiting for a grammar is no hang
+            poll.poll(0 if requests.deferred else GRAMMAR_POLL_MS if resumer.waiting else None)
             refe.woken()
         with TIMES.taken("intake_s"):
             requests.take_up(poll)

@@ -28,7 +28,7 @@ from tarragon.models.headers import read_json
 from tarragon.models.shape import read_model
 
 COST_MAX: Final = 0.01
-"""Promise 5 of the design."""
+"""The promise that protection costs little: at most this share of tokens/s."""
 PAUSES: Final = (1, 4, 8, 16, 32)
 SETTLE_S: Final = 0.4
 """Left out at the start of a window: workers change at their next step."""
@@ -150,7 +150,7 @@ def conclude(
     account: dict[str, float],
     formula: dict[str, float],
 ) -> dict[str, Any]:
-    """Ratios to no checkpoints, the verdict on promise 5, and bytes against appendix C."""
+    """Ratios to no checkpoints, the verdict on their cost, and bytes against appendix C."""
     metrics: dict[str, Any] = {
         scheme: {"tokens_per_s": summary(found), "ratio": paired_ratio(found, rates["none"])}
         for scheme, found in rates.items()

@@ -24,7 +24,7 @@ from tarragon.cluster import Cluster, ClusterError
 from tarragon.models.demo import ensure_demo_model
 
 COST_MAX: Final = 0.01
-"""Promise 5 of the design: protection costs at most this share of tokens/s."""
+"""The promise that protection costs little: at most this share of tokens/s."""
 SIDES: Final = ("on", "off")
 SETTLE_S: Final = 0.5
 """Between a switch and its window: workers change at their next step."""

@@ -1,4 +1,4 @@
-"""`tarragon bench sametext`: is every text the same wherever and with whomever it is computed? (promise 3)
+"""`tarragon bench sametext`: is every text the same wherever and with whomever it is computed? (exactness)
 
 Prompts of mixed length, greedy and sampled in turn, some longer than a prefill chunk, sent at once to
 clusters of different shapes and one by one to the first of them. Tokens, log-probs, alternatives, finish

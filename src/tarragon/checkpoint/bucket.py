@@ -18,6 +18,7 @@ The file is sparse: pages come into being when they are first written.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import struct
 from typing import Final, NamedTuple
@@ -66,7 +67,7 @@ class BucketShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     layer_groups: tuple[int, ...]
     """Per layer: its cache group."""
     fingerprint: str
-    """Engine, model and arithmetic; only an equal worker may go on from these rows (promise 3)."""
+    """Engine, model and arithmetic; only an equal worker may go on from these rows (exactness)."""
 
     def __post_init__(self) -> None:
         counts = (self.layers, self.slots, self.row_bytes, self.records, self.blocks_max)
@@ -175,9 +176,7 @@ class Bucket:
 
     def open_record(self, index: int, request_id: str, attempt: int) -> None:
         """Prepare a free record for a request; ``commit_records`` makes it visible."""
-        name = request_id.encode()
-        if len(name) > _ID_BYTES_MAX:
-            raise BucketError(f"a request id of {len(name)} bytes exceeds {_ID_BYTES_MAX}")
+        name = _name_of(request_id)
         release_record(self.records, index)
         self._words[index, 1] = attempt
         self._words[index, 3] = len(name)
@@ -190,9 +189,7 @@ class Bucket:
         Raises BucketError if there is one but its checksum is wrong.
         """
         name = np.zeros(_ID_BYTES_MAX, dtype=np.uint8)
-        raw = request_id.encode()
-        if len(raw) > _ID_BYTES_MAX:
-            return None
+        raw = _name_of(request_id)
         name[: len(raw)] = np.frombuffer(raw, dtype=np.uint8)
         matches = (self._words[:, 1] == attempt) & (self._ids == name).all(axis=1)
         for index in np.flatnonzero(matches).tolist():
@@ -237,6 +234,15 @@ def slots_at(blocks: np.ndarray, block_size: int, positions: np.ndarray) -> torc
 
 def _aligned(size: int) -> int:
     return -(-size // _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _name_of(request_id: str) -> bytes:
+    """What a record calls a request: its id, or a digest of one that is too long; no two are the same.
+
+    Clients choose a part of the id (``X-Request-Id``), of any length.
+    """
+    raw = b"i" + request_id.encode("utf-8", "surrogatepass")
+    return raw if len(raw) <= _ID_BYTES_MAX else b"d" + hashlib.blake2b(raw).digest()
 
 
 def _write_shape(memory: mmap.mmap, shape: BucketShape) -> None:

@@ -60,6 +60,7 @@ class Ledger:
         self._bytes_max = bytes_max
         self._linger_s = linger_s
         self._newest: dict[str, int] = {}
+        self._nobody_lives = False
 
     @property
     def reserved_bytes(self) -> int:
@@ -117,11 +118,17 @@ class Ledger:
         for incarnation, entry in self.entries.items():
             if incarnation in live:
                 entry.dead_since_s = None
-            elif entry.dead_since_s is None:
+            elif entry.dead_since_s is None or self._nobody_lives:
                 entry.dead_since_s = now_s
+        self._nobody_lives = not live
 
     def due(self, now_s: float) -> list[Incarnation]:
-        """Take the buckets whose time has come out of the books; the caller lets their memory go."""
+        """Take the buckets whose time has come out of the books; the caller lets their memory go.
+
+        None while no attention worker lives that could restore from them: their time begins with the first.
+        """
+        if self._nobody_lives:
+            return []
         gone = [
             incarnation
             for incarnation, entry in self.entries.items()
@@ -134,7 +141,7 @@ class Ledger:
     def next_due_s(self) -> float | None:
         """When ``due`` has something to return, if nothing else happens before; None: never."""
         since = [entry.dead_since_s for entry in self.entries.values() if entry.dead_since_s is not None]
-        return min(since) + self._linger_s if since else None
+        return min(since) + self._linger_s if since and not self._nobody_lives else None
 
     def next_waiting(self) -> tuple[Incarnation, int] | None:
         """Who asked first of those that find no room, and how much, if it fits now."""

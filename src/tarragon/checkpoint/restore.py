@@ -1,8 +1,9 @@
 """How does a request go on elsewhere? Its committed rows are read from the bucket of who had it before (6.2).
 
-The reader seals the bucket first, then reads the record, then the rows, checking the checksum of each, and
-looks at last whether the record still stands: a worker that wakes in between can only take its record back
-before it overwrites anything. Whatever fails, the caller computes the rows anew: never wrong text.
+The reader seals a dead worker's bucket first, then reads the record, then the rows, checking the checksum of
+each, and looks at last whether the record still stands: a worker that wakes in between can only take its
+record back before it overwrites anything. Whatever fails, the caller computes the rows anew: never wrong
+text.
 """
 
 from __future__ import annotations
@@ -27,6 +28,16 @@ class RowKind(NamedTuple):
     key_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class Attempt(NamedTuple):
+    """An earlier attempt at a request, by the incarnation that ran it."""
+
+    worker_id: str
+    epoch: int
+    attempt: int
+    living: bool = False
+    """It lives and holds the attempt, so that it is not to be fenced: its bucket is others' as well."""
 
 
 class Source(NamedTuple):
@@ -99,14 +110,15 @@ class Restorer:
                 print(f"the bucket of {worker_id} is of no use: {error}", file=sys.stderr)
             return bucket
 
-    def find(self, request_id: str, origins: Sequence[tuple[str, int, int]]) -> Source | None:
-        """Seal the buckets of ``origins`` (worker, epoch, attempt) and return the longest commit in them."""
+    def find(self, request_id: str, origins: Sequence[Attempt]) -> Source | None:
+        """Return the longest commit in the buckets of ``origins``; those of dead workers are sealed first."""
         best: Source | None = None
-        for worker_id, epoch, attempt in origins:
+        for worker_id, epoch, attempt, living in origins:
             bucket = self._bucket(worker_id, epoch)
             if bucket is None:
                 continue
-            bucket.seal()
+            if not living:
+                bucket.seal()
             if bucket.shape.fingerprint != self._fingerprint:
                 continue
             try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 
 from tarragon.boot import Boot
@@ -40,7 +42,7 @@ class ControlThread(WorkerControl):
         self._resident_lock = threading.Lock()
 
     def run(self) -> None:
-        threading.Thread(target=self._load_forever, name="loader", daemon=True).start()
+        threading.Thread(target=self._load, name="loader", daemon=True).start()
         super().run()
 
     def handle(self, message: Control) -> None:
@@ -59,6 +61,15 @@ class ControlThread(WorkerControl):
         with self._resident_lock:
             self._connections += 1
             return sorted(self._resident)
+
+    def _load(self) -> None:
+        """Load until the process ends; what cannot be loaded ends it, so that another one takes its place."""
+        try:
+            self._load_forever()
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
 
     def _load_forever(self) -> None:
         """Obey assignments one after the other: load what is missing, drop what is not named, report."""

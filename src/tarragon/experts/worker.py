@@ -89,7 +89,7 @@ class ExpertService:
     def share_cores(self, workers: int) -> None:
         """So many expert workers share the host now: when one dies, the others take its cores (5.1).
 
-        Rows do not depend on the number of threads (promise 3). Called by the control thread.
+        Rows do not depend on the number of threads (exactness). Called by the control thread.
         """
         cores = len(os.sched_getaffinity(0))
         self._threads_wanted = self.boot.config.threads("expert", cores, max(1, workers))

@@ -119,7 +119,7 @@ class Link:
                 # No await until its tokens are on their way: what counts as sent must reach the client.
                 self._events.received(self, self._codec.decode(frame))
                 await self._events.room()
-            return writer.result() if writer.done() else "its connection ended"
+            return _why(writer)
         finally:
             if writer is not None:
                 writer.cancel()
@@ -140,23 +140,37 @@ class Link:
 
     async def _write(self, connection: AsyncConnection) -> str:
         """Send what is queued; end with the reason why no more can be sent."""
+        try:
+            return await self._send_queued(connection)
+        finally:
+            # However it ends: a worker that gets nothing any more must not seem to be there. Not close():
+            # the receiving side first reads what has come, then sees the end of file.
+            abandon(connection.sock)
+
+    async def _send_queued(self, connection: AsyncConnection) -> str:
         while True:
             message = await self._outbox.get()
             try:
                 parts = self._codec.encode(message)
                 if sum(map(len, parts)) > self._boot.config.engine_frame_bytes_max:
                     raise ValueError("it is longer than a frame may be")
-            except (TypeError, ValueError) as error:
+            except Exception as error:  # whatever a client's values do to the encoder is the client's fault
                 self._events.unsendable(self, message, error)
                 continue
             try:
                 await connection.send(parts)
             except OSError as error:
-                # Not close(): the receiving side first reads what has come, then sees the end of file.
-                abandon(connection.sock)
                 return str(error)
 
     def _down(self, cause: str, kind: str) -> None:
         if self.up:
             self.up = False
             self._events.link_down(self, cause, kind)
+
+
+def _why(writer: asyncio.Task[str]) -> str:
+    """Why a connection ended whose writing side may have ended first."""
+    if not writer.done() or writer.cancelled():
+        return "its connection ended"
+    error = writer.exception()
+    return writer.result() if error is None else f"nothing more could be sent: {error!r}"

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
 from tarragon.gateway.balance import Load, choose
 from tarragon.gateway.continuing import as_continuation, for_another_worker, with_seed
 from tarragon.gateway.watcher import Watcher
-from tarragon.gateway.wire import Abort, Add, Origin, Resumed
+from tarragon.gateway.wire import Abort, Add, Hold, Origin, Resumed
 
 SUSPECT_DEATHS: Final = 2
 """So many workers lost under a request without a token in between make it a suspect: it may be the cause."""
@@ -68,7 +69,7 @@ class Send:
     """Give ``message`` to ``worker``."""
 
     worker: str
-    message: Add | Abort
+    message: Add | Hold | Abort
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class Streams:
     def drain(self, worker: str, now_s: float) -> list[Action]:
         """Give a worker nothing new, and what it runs to others; if there are none it ends what it has.
 
-        Its attempts are sealed at once, but go on until the new ones deliver: a request that ended would
+        Its attempts are sealed at once, but held until the new ones deliver: a request that ended would
         give back the room of the rows that are being taken over.
         """
         self.draining.add(worker)
@@ -279,12 +280,13 @@ class Streams:
         assert worker is not None
         self._held.setdefault(worker, set()).add(stream.request_id)
         stream.held.append((worker, stream.attempt))
+        hold = Send(worker, Hold({stream.request_id: stream.attempt}))
         self.loads[worker].remove(stream.request_id)
         why = "is drained" if worker in self.draining else "is to run a suspect alone"
         self._watcher.lost(stream, "drained", f"{worker} {why}")
         self._seal(stream)
         self.counters.moved += 1
-        return self._assign(stream, now_s)
+        return [hold, *self._assign(stream, now_s)]
 
     def _seal(self, stream: Stream) -> None:
         """End the current attempt: nothing more of it is accepted, but its rows may be taken over."""
@@ -299,7 +301,8 @@ class Streams:
     def _assign(self, stream: Stream, now_s: float, avoid: Iterable[str] = ()) -> list[Action]:
         if stream.is_suspect and self._alone is not None:
             return self._wait(stream, now_s)
-        worker = choose(self.takers, stream.request_id, stream.tokens, avoid)
+        holders = (holder for holder, _ in stream.held)
+        worker = choose(self.takers, stream.request_id, stream.tokens, [*avoid, *holders])
         if worker is None:
             return self._wait(stream, now_s)
         self.waiting.pop(stream.request_id, None)
@@ -311,8 +314,16 @@ class Streams:
         self.loads[worker].add(stream.request_id, stream.tokens)
         self._watcher.assigned(stream, self._epochs[worker])
         moved = self._clear_for_suspect(worker, now_s) if stream.is_suspect else []
-        request, origins = for_another_worker(stream.request, stream.sent, stream.origins)
+        request, origins = for_another_worker(stream.request, stream.sent, self._places(stream))
         return [*moved, Send(worker, Add(stream.attempt, request, list(stream.sent), origins))]
+
+    def _places(self, stream: Stream) -> list[Origin]:
+        """Where its rows may be: a living worker's bucket must not be sealed, others' requests are in it."""
+        living = {(name, self._epochs[name]) for name in self.loads if name not in self._closing}
+        return [
+            msgspec.structs.replace(origin, living=(origin.worker_id, origin.epoch) in living)
+            for origin in stream.origins
+        ]
 
     def _clear_for_suspect(self, worker: str, now_s: float) -> list[Action]:
         """Give what else a suspect's worker runs to the others, if there are any."""
@@ -382,7 +393,8 @@ class Streams:
     def _release(self, stream: Stream) -> None:
         """Let living workers forget its sealed attempts."""
         for worker, attempt in stream.held:
-            self._aborts.setdefault(worker, {})[stream.request_id] = attempt
+            # A worker has one attempt of a request: if that is a newer one, it is the one to abort.
+            self._aborts.setdefault(worker, {}).setdefault(stream.request_id, attempt)
             self._held[worker].discard(stream.request_id)
         stream.held = []
 

@@ -1,8 +1,9 @@
 """Messages between the gateway and an attention worker, over vLLM's own request and output types.
 
 The gateway dials the worker and sends ``Attach``; the worker answers ``Facts``. Then the gateway sends
-``Add``, ``Abort`` and ``Utility``, the worker ``Outputs``, ``Stats`` and ``UtilityResult``. Every assignment
-of a request carries an attempt number, which its outputs and aborts repeat (one owner per request).
+``Add``, ``Hold``, ``Abort`` and ``Utility``, the worker ``Outputs``, ``Stats`` and ``UtilityResult``. Every
+assignment of a request carries an attempt number, which its outputs and aborts repeat (one owner per
+request).
 
 One message is one frame of the transport::
 
@@ -49,6 +50,7 @@ class Kind(enum.IntEnum):
     STATS = 6
     UTILITY = 7
     UTILITY_RESULT = 8
+    HOLD = 9
 
 
 class Attach(msgspec.Struct, frozen=True):
@@ -84,6 +86,8 @@ class Origin(msgspec.Struct, frozen=True):
     worker_id: str
     epoch: _UNSIGNED
     attempt: _UNSIGNED
+    living: bool = False
+    """The worker lives and holds the attempt: it is not to be fenced."""
 
 
 class Add(msgspec.Struct, frozen=True):
@@ -102,6 +106,12 @@ class Add(msgspec.Struct, frozen=True):
 
 class Abort(msgspec.Struct, frozen=True):
     """Gateway -> worker: forget these attempts, by request id; unknown ones are no error."""
+
+    attempts: dict[str, _UNSIGNED]
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """Gateway -> worker: compute these attempts no further, but keep their rows until they are aborted."""
 
     attempts: dict[str, _UNSIGNED]
 
@@ -148,12 +158,13 @@ class UtilityResult(msgspec.Struct, frozen=True):
     failure: str = ""
 
 
-Message = Attach | Facts | Add | Abort | Outputs | Stats | Utility | UtilityResult
+Message = Attach | Facts | Add | Hold | Abort | Outputs | Stats | Utility | UtilityResult
 
 _TYPES: Final[dict[Kind, type[Message]]] = {
     Kind.ATTACH: Attach,
     Kind.FACTS: Facts,
     Kind.ADD: Add,
+    Kind.HOLD: Hold,
     Kind.ABORT: Abort,
     Kind.OUTPUTS: Outputs,
     Kind.STATS: Stats,
@@ -162,7 +173,7 @@ _TYPES: Final[dict[Kind, type[Message]]] = {
 }
 _KINDS: Final[dict[type[Any], Kind]] = {type_: kind for kind, type_ in _TYPES.items()}
 
-FROM_GATEWAY: Final = frozenset({Kind.ATTACH, Kind.ADD, Kind.ABORT, Kind.UTILITY})
+FROM_GATEWAY: Final = frozenset({Kind.ATTACH, Kind.ADD, Kind.HOLD, Kind.ABORT, Kind.UTILITY})
 FROM_WORKER: Final = frozenset({Kind.FACTS, Kind.OUTPUTS, Kind.STATS, Kind.UTILITY_RESULT})
 
 

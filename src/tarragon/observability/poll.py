@@ -1,4 +1,4 @@
-"""What does a running cluster say, again and again? A reader of the status API that keeps what views need."""
+"""What does a running cluster say, again and again? A reader of the admin API that keeps what views need."""
 
 from __future__ import annotations
 

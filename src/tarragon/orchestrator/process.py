@@ -302,7 +302,7 @@ class Orchestrator:
         if not isinstance(context.get("exception"), (OSError, type(None))):
             self._finish(1)
 
-    # ------------------------------------------------------------------ operations (status API)
+    # ------------------------------------------------------------------ operations (admin API)
 
     def status(self) -> dict[str, Any]:
         return status(self._recovery, self._me, self._now_s())

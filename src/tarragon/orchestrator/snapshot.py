@@ -1,4 +1,4 @@
-"""What does the cluster look like right now? Plain data for the status API. Pure."""
+"""What does the cluster look like right now? Plain data for the admin API. Pure."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Denied(ValueError):
 
 
 class AddressError(ValueError):
-    """The address of the status API cannot be used; the message is one sentence."""
+    """The address of the admin API cannot be used; the message is one sentence."""
 
 
 # ------------------------------------------------------------------ bodies

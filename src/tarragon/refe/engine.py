@@ -79,6 +79,9 @@ class Refe:
         self.progress: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
         """Counts layers and waits for experts: whoever probes this worker sees that it works."""
         self._on_table = on_table
+        self._before_table: set[int] = set()
+        """Slots that still compute rows which went out under an older table."""
+        self._owes_acknowledgement = False
         self._posts: deque[Post] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._links = Links(config, on_lost)
@@ -251,6 +254,11 @@ class Refe:
             self._drop(slot, "connection closed")
         return [slot] if links.get(slot) is None else []
 
+    def _serve_ready(self, layer: int) -> list[int]:
+        """Take what has come while one expert is waited for: until the others' answers are in, no table is
+        acknowledged, and the memory for that expert may hang on it. Returns slots that died."""
+        return [slot for fd, _ in self._poll.poll(0) for slot in self._serve(layer, fd)]
+
     def _question(self, sent_s: float) -> tuple[float, list[int]]:
         """Answers are late: probe who owes them. Returns when to ask again, and slots that died."""
         self.progress[0] += 1
@@ -292,7 +300,10 @@ class Refe:
         if frame.kind == DataKind.RESULT and frame.layer == layer:
             if self.traffic is not None:
                 self._note_answer(self.traffic, layer, slot)
-            return self._exchange.answered(slot)
+            follow_up = self._exchange.answered(slot)
+            if self._before_table and follow_up is None:
+                self._acknowledge(slot)
+            return follow_up
         if frame.kind == DataKind.REFUSED:
             # The two sides disagree about what is where: this link is of no use, its rows go elsewhere.
             self._drop(slot, f"refused a frame: {RefusalReason(frame.flags).name}")
@@ -335,6 +346,7 @@ class Refe:
                     break
                 deadline = deadline or time.monotonic() + self.config.expert_unreachable_timeout_s
                 pending.extend(self._wait_for_posts(work.position, deadline))
+                pending.extend(self._serve_ready(work.position))
             moved = counts.tolist()
             self.counters.replayed_pairs += sum(moved)
             for send in exchange.replay(moved):
@@ -358,7 +370,8 @@ class Refe:
             item = self._posts.popleft()
             if isinstance(item, NewTable):
                 self._table, self._candidates = item.table, candidate_array(item.table)
-                self._on_table(item.table.version)
+                self._owes_acknowledgement = True
+                self._before_table |= self._exchange.owing & set(self._links.live)
             elif isinstance(item, NewLink):
                 self._add(item)
             else:
@@ -367,7 +380,18 @@ class Refe:
                     self._drop(slot, item.cause)
                     dead.append(slot)
         self._resolve()
+        self._acknowledge()
         return dead
+
+    def _acknowledge(self, returned: int | None = None) -> None:
+        """Say that the newest table holds, once ``returned`` and all others have given back what they got
+        under an older one: with that an expert worker may drop what the table no longer names."""
+        if returned is not None:
+            self._before_table.discard(returned)
+        if self._owes_acknowledgement and not self._before_table:
+            assert self._table is not None
+            self._owes_acknowledgement = False
+            self._on_table(self._table.version)
 
     def _wait_for_posts(self, layer: int, deadline: float) -> list[int]:
         """Wait for a table or link that makes the layer's experts reachable; returns slots that died."""
@@ -394,6 +418,7 @@ class Refe:
         if self._links.drop(slot, cause):
             self.counters.links_lost += 1
             self._resolve()
+            self._acknowledge(slot)
 
     def _resolve(self) -> None:
         """Recompute who owns what from the table and the links that are up."""

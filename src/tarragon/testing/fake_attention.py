@@ -104,6 +104,9 @@ class FakeAttention:
             case wire.Add(request=request):
                 self.added.append(message)
                 self._running[request.request_id] = (message, len(message.sent))
+            case wire.Hold(attempts=attempts):
+                for request_id in attempts:
+                    self._running.pop(request_id, None)
             case wire.Abort(attempts=attempts):
                 self.aborted.update(attempts)
                 for request_id in attempts:

@@ -1,4 +1,4 @@
-// Asks the status API. A POST is declared as JSON: no foreign page can send one without being asked first.
+// Asks the admin API. A POST is declared as JSON: no foreign page can send one without being asked first.
 
 // The key is kept until the tab is closed. A link may bring it behind #, which browsers do not send; it is
 // taken out of the address at once, so that no history or copied address has it.
