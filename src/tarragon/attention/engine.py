@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tarragon import native
-from tarragon.attention import capture, exact, latent, remote_experts, runner, tiles
+from tarragon.attention import capture, exact, grammars, latent, remote_experts, runner, tiles
 from tarragon.models.shape import MoeModel
 from tarragon.refe.engine import Refe
 
@@ -21,8 +21,18 @@ def prepare(refe: Refe, model: MoeModel, threads: int) -> None:
     latent.install()
     capture.install()
     runner.install()
+    grammars.install()
     remote_experts.register(refe, model.moe_layers)
     _skip_expert_weights()
+
+
+def compile_nothing() -> None:
+    """Have functions run as they are that vLLM wants compiled even in eager mode.
+
+    The first request for log-probs would stop a worker for seconds, and every worker that goes on with it
+    after a failure once more; cold and on busy cores it took 26 s, which looks like a hang.
+    """
+    torch.compiler.set_stance("force_eager")
 
 
 def build_engine(vllm_config: Any) -> Any:

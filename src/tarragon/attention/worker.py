@@ -10,7 +10,7 @@ import torch
 
 from tarragon.attention.checkpoints import Checkpoints
 from tarragon.attention.control import ControlThread
-from tarragon.attention.engine import build_engine, fingerprint, prepare
+from tarragon.attention.engine import build_engine, compile_nothing, fingerprint, prepare
 from tarragon.attention.exact import inexact_reason
 from tarragon.attention.failpoints import Failpoints
 from tarragon.attention.requests import Requests
@@ -41,9 +41,12 @@ def main(boot: Boot) -> None:
     tokens_max = vllm_config.scheduler_config.max_num_batched_tokens
     control, refe = _connect(boot, model, tokens_max)
     # Latent attention adds up in an order that depends on the number of threads.
+    if vllm_config.model_config.enforce_eager:
+        compile_nothing()
     prepare(refe, model, 1 if vllm_config.model_config.use_mla else boot.threads)
     control.start()
     engine = build_engine(vllm_config)
+    engine.structured_output_manager.warm_up()
     attempts: dict[str, int] = {}
     checkpoints = Checkpoints(engine, boot, f"{fingerprint(model)}, {model.path}", attempts)
     AttentionModelRunner.checkpoints = checkpoints
