@@ -88,8 +88,8 @@ PARTS: Final = (
         "7.2, fig. 9 (c)",
         f"{_FAILOVER} expert --baseline-trials 2",
         400.0,
-        f"{_FAILOVER_QUICK} expert --baseline-trials 1",
-        85.0,
+        f"{_FAILOVER_QUICK} expert --baseline-trials 0",
+        60.0,
         lambda result: failover_report.table(dict(result)),
     ),
     Part(
