@@ -1,10 +1,13 @@
-"""Any MoE architecture that vLLM's CPU engine runs is served, and exactly."""
+"""Any MoE architecture that vLLM's CPU engine runs is served, exactly, and whoever dies."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same
+from tests.streams import read_all
 from tests.workload import ask, differing, mixed_requests, random_checkpoint
 
 from tarragon.cluster import Cluster
@@ -25,7 +28,7 @@ these are served by one attention worker that might use so many as well."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_tokens_alone_in_company_and_elsewhere(kind: str, tmp_path: Path) -> None:
+def test_the_same_tokens_alone_in_company_elsewhere_and_after_deaths(kind: str, tmp_path: Path) -> None:
     folder = random_checkpoint(kind, tmp_path / kind)
     bodies = mixed_requests(
         12, seed=2, vocabulary=2_000, long_tokens=LONG_TOKENS, output_tokens=OUTPUT_TOKENS
@@ -36,6 +39,7 @@ def test_the_same_tokens_alone_in_company_and_elsewhere(kind: str, tmp_path: Pat
         assert status["exact"], status["exact_reason"]
         together = ask(cluster.url, folder.name, bodies, concurrency=12)
         alone = ask(cluster.url, folder.name, bodies, concurrency=1)
+        assert_nobody_notices_deaths(cluster, folder.name, bodies)
     assert differing(together, alone) == []
     assert all(len(answer.tokens) == OUTPUT_TOKENS for answer in alone)
     if kind in MORE_THREADS:
@@ -43,3 +47,25 @@ def test_the_same_tokens_alone_in_company_and_elsewhere(kind: str, tmp_path: Pat
         with Cluster(folder, 1, 1, engine_args=FLAGS, **settings) as smaller:
             elsewhere = ask(smaller.url, folder.name, bodies, concurrency=12)
         assert differing(together, elsewhere) == []
+
+
+def assert_nobody_notices_deaths(cluster: Cluster, model: str, bodies: list[dict[str, Any]]) -> None:
+    """One attention worker is killed in the middle of the streams, and one expert worker after it."""
+    wanted = read_all(cluster.url, model, bodies)
+    tokens = len(bodies) * OUTPUT_TOKENS
+    pids = cluster.pids()
+    faults = [
+        Once(lambda: cluster.kill("aw-0"), tokens // 4),
+        Once(lambda: cluster.kill("ew-0"), tokens // 2),
+    ]
+
+    def on_token(stream: int, count: int) -> None:
+        for fault in faults:
+            fault(stream, count)
+
+    got = read_all(cluster.url, model, bodies, on_token)
+    assert all(fault.done for fault in faults)
+    assert_same({str(number): body for number, body in enumerate(bodies)}, got, wanted)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    now = cluster.pids()
+    assert all(now[name] != pids[name] for name in ("aw-0", "ew-0")), "a fault did not happen"
