@@ -22,9 +22,6 @@ FLAGS = ("--max-num-batched-tokens=512", "--max-model-len=2048")
 OUTPUT_TOKENS = 12
 
 
-LATENT = ("deepseek_v2", "deepseek_v3")
-"""After a death their texts may differ (docs/guarantees.md, what is not promised): decoded rows that are
-computed again differ in their last bits, and of these short answers some are computed again."""
 MORE_THREADS = {"deepseek_v3": 2}
 """Kernels of latent attention add up in another order with more threads, which a smaller cluster would use:
 these are served by one attention worker that might use so many as well."""
@@ -42,8 +39,7 @@ def test_the_same_tokens_alone_in_company_elsewhere_and_after_deaths(kind: str, 
         assert status["exact"], status["exact_reason"]
         together = ask(cluster.url, folder.name, bodies, concurrency=12)
         alone = ask(cluster.url, folder.name, bodies, concurrency=1)
-        if kind not in LATENT:
-            assert_nobody_notices_deaths(cluster, folder.name, bodies)
+        assert_nobody_notices_deaths(cluster, folder.name, bodies)
     assert differing(together, alone) == []
     assert all(len(answer.tokens) == OUTPUT_TOKENS for answer in alone)
     if kind in MORE_THREADS:

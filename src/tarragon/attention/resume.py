@@ -199,6 +199,10 @@ class Resumer:
         """Queue a request behind the tokens that were sent; called between steps."""
         request, _ = self._engine.preprocess_add_request(message.request)
         origins = [Attempt(o.worker_id, o.epoch, o.attempt, o.living) for o in message.origins]
+        if not message.sent and self._runner.model_config.use_mla:
+            # The last position of a prompt, computed alone, would take latent attention's way for decoded
+            # tokens, whose last bits differ. The whole prompt computed again is the same.
+            origins = []
         self._seat.expect(request.request_id, origins)
         if not message.sent:
             self._engine.add_request(request)
