@@ -66,7 +66,7 @@ RESTORE = {
     ("quick", "budget_s"), [(True, evaluation_plan.QUICK_BUDGET_S), (False, evaluation_plan.FULL_BUDGET_S)]
 )
 def test_the_plan_fits_the_budget(quick: bool, budget_s: float) -> None:
-    assert sum(part.planned_s(quick) for part in evaluation_plan.parts(quick)) <= budget_s
+    assert sum(part.planned_s(quick) for part in evaluation_plan.planned(quick)) <= budget_s
     assert len({part.key for part in PARTS}) == len(PARTS)
 
 
@@ -83,7 +83,7 @@ def test_the_arguments_of_every_part_are_understood() -> None:
     import importlib
 
     for quick in (True, False):
-        for part in evaluation_plan.parts(quick):
+        for part in evaluation_plan.planned(quick):
             module = importlib.import_module(f"tarragon.bench.{part.bench}")
             module.parser().parse_args([*part.arguments(quick), "--json", "x.json", "--plot", "x.png"])
 

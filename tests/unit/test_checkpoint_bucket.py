@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarragon.checkpoint.bucket import Bucket, BucketError, BucketShape
-from tarragon.checkpoint.restore import Attempt, Restorer, RowKind, Source
+from tarragon.checkpoint.restore import Restorer, RowKind, Source
 from tarragon.checkpoint.writer import Checkpointer, Fenced, Rows, Scheduled
+from tarragon.gateway.wire import Origin
 from tarragon.transport.memory import create_sealed
 
 SHAPE = BucketShape(
@@ -74,7 +75,7 @@ def reader(worker: Worker) -> Restorer:
 
 
 def found(reader: Restorer, name: str = "r", attempt: int = 1) -> Source | None:
-    return reader.find(name, [Attempt("aw-0", 7, attempt)])
+    return reader.find(name, [Origin("aw-0", 7, attempt)])
 
 
 @pytest.mark.parametrize("deferred", [True, False])
@@ -130,7 +131,7 @@ def test_the_longest_commit_wins(worker: Worker, reader: Restorer) -> None:
     worker.write(0, 0, 6)
     worker.commit("r", 0, 6, attempt=1)
     reader.add("aw-1", 9, other.fd)
-    source = reader.find("r", [Attempt("aw-1", 9, 2), Attempt("aw-0", 7, 1)])
+    source = reader.find("r", [Origin("aw-1", 9, 2), Origin("aw-0", 7, 1)])
     assert source is not None
     assert source.record.positions == 6
     other.close()
@@ -153,7 +154,7 @@ def test_ids_of_any_length_have_records_of_their_own(length: int, worker: Worker
 def test_a_living_worker_is_not_fenced(worker: Worker, reader: Restorer) -> None:
     worker.write(0, 0, 6)
     worker.commit("r", 0, 6)
-    source = reader.find("r", [Attempt("aw-0", 7, 1, living=True)])
+    source = reader.find("r", [Origin("aw-0", 7, 1, living=True)])
     assert source is not None
     worker.writer.check_seal()
     worker.commit("other", 1, 3)

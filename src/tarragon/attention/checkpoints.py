@@ -37,14 +37,15 @@ class Checkpoints:
         self.layers = capture.watch(runner, self.writer)
         groups = runner.kv_cache_config.kv_cache_groups
         self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
-        self.seat = Seat(self.restorer, self.layers, self._block_sizes)
+        exact = not runner.model_config.use_mla
+        self.seat = Seat(self.restorer, self.layers, self._block_sizes, prompts_may_be_cut=exact)
         self.resumer = Resumer(engine, runner, self.seat)
         self._scheduler.connector = self.seat
         self._granted: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._store_up = False
         self._asked_mode = self._mode = parse_mode(boot.config.checkpoint_mode)
         self._reprotect = True
-        self.reprotector = Reprotector(self._scheduler, exact=not runner.model_config.use_mla)
+        self.reprotector = Reprotector(self._scheduler, exact=exact)
         self.writer.enabled = self._mode.segments
         self._snapshot = Snapshot(runner)
         self._steps = 0

@@ -64,7 +64,7 @@ class Grammars(StructuredOutputManager):
             return
         try:
             backend = self.backend_of(request.sampling_params.structured_outputs._backend)
-            structured.grammar = self.executor.submit(_compile, backend, request)
+            structured.grammar = self.executor.submit(compile_with, backend, request)
         except Exception as error:  # the scheduler fails this request, as it does when compiling fails
             structured.grammar = Future()
             structured.grammar.set_exception(error)
@@ -77,7 +77,8 @@ class Grammars(StructuredOutputManager):
             backend.destroy()
 
 
-def _compile(backend: Any, request: Any) -> Any:
+def compile_with(backend: Any, request: Any) -> Any:
+    """The compiled grammar of a request; raises what ``backend`` raises for one that it cannot take."""
     kind, specification = request.structured_output_request.structured_output_key
     stops = request.sampling_params.all_stop_token_ids
     return backend.compile_grammar(kind, specification, stop_token_ids=stops)

@@ -25,8 +25,8 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from tarragon.attention.capture import CachedLayer
 from tarragon.attention.randomness import PositionalGenerator
 from tarragon.checkpoint.bucket import slots_at
-from tarragon.checkpoint.restore import Attempt, LayerRows, Restorer, Source
-from tarragon.gateway.wire import Add, Resumed
+from tarragon.checkpoint.restore import LayerRows, Restorer, Source
+from tarragon.gateway.wire import Add, Origin, Resumed
 
 
 class Load(NamedTuple):
@@ -46,14 +46,26 @@ class Loads(KVConnectorMetadata):
 class Seat(KVConnectorBase_V1, SupportsHMA):
     """Sits where vLLM's scheduler expects a KV connector, and knows of rows in other workers' buckets."""
 
-    def __init__(self, restorer: Restorer, layers: Sequence[CachedLayer], block_sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        restorer: Restorer,
+        layers: Sequence[CachedLayer],
+        block_sizes: Sequence[int],
+        *,
+        prompts_may_be_cut: bool,
+    ) -> None:
+        """``prompts_may_be_cut``: a prompt's last position gives the same bits when it is computed alone.
+
+        With latent attention it does not: alone, it takes the way of decoded tokens.
+        """
         # Not the base's: that one wants a transfer configuration, which would change the engine elsewhere.
         self._restorer = restorer
         self._kinds = [layer.kind for layer in layers]
         self._layers = layers
         self._block_sizes = block_sizes
+        self._prompts_may_be_cut = prompts_may_be_cut
         self._sources: dict[str, Source] = {}
-        self._origins: dict[str, Sequence[Attempt]] = {}
+        self._origins: dict[str, Sequence[Origin]] = {}
         self._read: dict[str, tuple[int, int, list[LayerRows]]] = {}
         self._loads: list[Load] = []
         self.resumed: dict[str, Resumed] = {}
@@ -63,13 +75,16 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         return False
 
-    def expect(self, request_id: str, origins: Sequence[Attempt]) -> int:
-        """Look for the rows of a request that is about to be queued; returns the positions found."""
+    def expect(self, request_id: str, origins: Sequence[Origin], *, has_begun: bool) -> int:
+        """Look for the rows of a request that is about to be queued; returns the positions found.
+
+        ``has_begun``: tokens of it were sent, so that no position of its prompt is left to be computed.
+        """
         self.resumed[request_id] = Resumed()
         start = time.perf_counter()
         source = self._restorer.find(request_id, origins) if self._layers else None
         self._restorer.counters.restore_s += time.perf_counter() - start
-        if source is None:
+        if source is None or not (has_begun or self._prompts_may_be_cut):
             self._restorer.counters.restore_misses += 1
             return 0
         self._sources[request_id] = source
@@ -198,12 +213,7 @@ class Resumer:
     def add(self, message: Add) -> None:
         """Queue a request behind the tokens that were sent; called between steps."""
         request, _ = self._engine.preprocess_add_request(message.request)
-        origins = [Attempt(o.worker_id, o.epoch, o.attempt, o.living) for o in message.origins]
-        if not message.sent and self._runner.model_config.use_mla:
-            # The last position of a prompt, computed alone, would take latent attention's way for decoded
-            # tokens, whose last bits differ. The whole prompt computed again is the same.
-            origins = []
-        self._seat.expect(request.request_id, origins)
+        self._seat.expect(request.request_id, message.origins, has_begun=bool(message.sent))
         if not message.sent:
             self._engine.add_request(request)
         elif request.structured_output_request is not None:

@@ -40,9 +40,9 @@ def main(boot: Boot) -> None:
         vllm_config.compilation_config.custom_ops.append("-rotary_embedding")
     tokens_max = vllm_config.scheduler_config.max_num_batched_tokens
     control, refe = _connect(boot, model, tokens_max)
-    # Latent attention adds up in an order that depends on the number of threads.
     if vllm_config.model_config.enforce_eager:
         compile_nothing()
+    # Latent attention adds up in an order that depends on the number of threads.
     prepare(refe, model, 1 if vllm_config.model_config.use_mla else boot.threads)
     control.start()
     engine = build_engine(vllm_config)

@@ -23,8 +23,7 @@ from typing import Any, Final
 from tarragon import __version__
 from tarragon.agent.process import die_with_parent
 from tarragon.bench.evaluation_page import EvaluationError, write_page
-from tarragon.bench.evaluation_plan import FULL_BUDGET_S, PARTS, QUICK_BUDGET_S, Part
-from tarragon.bench.evaluation_plan import parts as plan
+from tarragon.bench.evaluation_plan import FULL_BUDGET_S, PARTS, QUICK_BUDGET_S, Part, planned
 from tarragon.bench.machine import machine
 from tarragon.bench.progress import Bar
 
@@ -91,7 +90,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     With ``only``, what an earlier run in the same folder says of the other parts stays.
     """
-    parts = [part for part in plan(options.quick) if not options.only or part.key in options.only]
+    parts = [part for part in planned(options.quick) if not options.only or part.key in options.only]
     if unplanned := set(options.only or ()) - {part.key for part in parts}:
         raise EvaluationError(f"there is no quick size of {', '.join(sorted(unplanned))}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -205,6 +205,6 @@ PARTS: Final = (
 )
 
 
-def parts(quick: bool) -> tuple[Part, ...]:
+def planned(quick: bool) -> tuple[Part, ...]:
     """What a run consists of."""
     return tuple(part for part in PARTS if not quick or part.quick is not None)

@@ -18,6 +18,7 @@ import torch
 
 from tarragon.checkpoint.bucket import Bucket, BucketError, Committed, slots_at
 from tarragon.counters import Counters
+from tarragon.gateway.wire import Origin
 from tarragon.native.segments import segment_read
 
 
@@ -28,16 +29,6 @@ class RowKind(NamedTuple):
     key_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-class Attempt(NamedTuple):
-    """An earlier attempt at a request, by the incarnation that ran it."""
-
-    worker_id: str
-    epoch: int
-    attempt: int
-    living: bool = False
-    """It lives and holds the attempt, so that it is not to be fenced: its bucket is others' as well."""
 
 
 class Source(NamedTuple):
@@ -110,19 +101,19 @@ class Restorer:
                 print(f"the bucket of {worker_id} is of no use: {error}", file=sys.stderr)
             return bucket
 
-    def find(self, request_id: str, origins: Sequence[Attempt]) -> Source | None:
+    def find(self, request_id: str, origins: Sequence[Origin]) -> Source | None:
         """Return the longest commit in the buckets of ``origins``; those of dead workers are sealed first."""
         best: Source | None = None
-        for worker_id, epoch, attempt, living in origins:
-            bucket = self._bucket(worker_id, epoch)
+        for origin in origins:
+            bucket = self._bucket(origin.worker_id, origin.epoch)
             if bucket is None:
                 continue
-            if not living:
+            if not origin.living:
                 bucket.seal()
             if bucket.shape.fingerprint != self._fingerprint:
                 continue
             try:
-                record = bucket.find(request_id, attempt)
+                record = bucket.find(request_id, origin.attempt)
             except BucketError as error:
                 self.counters.restore_corrupt += 1
                 print(f"WARNING request {request_id}: {error}", file=sys.stderr)

@@ -204,33 +204,24 @@ def _recv_all(sock: socket.socket, count: int) -> bytes | None:
 
 
 def vllm_compiler(vllm_config: Any) -> Compile:
-    """Compile as vLLM's own engine does, with the model's tokenizer and the configured backend."""
+    """Compile as the attention workers do, with the model's tokenizer and the configured backend."""
     from types import SimpleNamespace
 
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
-    from vllm.v1.structured_output import StructuredOutputManager
-    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
     from vllm.v1.structured_output.request import StructuredOutputRequest
 
-    manager = StructuredOutputManager(vllm_config)
-    manager._use_async_grammar_compilation = False
-    # Made once, here; another backend is made by each child that needs it.
-    vocabulary = vllm_config.model_config.get_vocab_size()
-    xgrammar = XgrammarBackend(vllm_config, tokenizer=manager.tokenizer, vocab_size=vocabulary)
+    from tarragon.attention.grammars import FIRST_CHOICE, Grammars, compile_with
+
+    grammars = Grammars(vllm_config)
+    grammars.backend_of(FIRST_CHOICE)  # made once, here; another backend is made by each child that needs it
 
     def compile_(grammar: dict[str, Any]) -> None:
         params = SamplingParams(structured_outputs=StructuredOutputsParams(**grammar))
         params._validate_structured_outputs(
-            vllm_config.model_config, vllm_config.structured_outputs_config, manager.tokenizer
+            vllm_config.model_config, vllm_config.structured_outputs_config, grammars.tokenizer
         )
-        if params.structured_outputs._backend == "xgrammar":
-            manager.backend = xgrammar
         structured = StructuredOutputRequest.from_sampling_params(params)
-        request = SimpleNamespace(
-            request_id="trial", sampling_params=params, structured_output_request=structured
-        )
-        manager.grammar_init(request)
-        if isinstance(structured.grammar, Exception):
-            raise structured.grammar
+        request = SimpleNamespace(sampling_params=params, structured_output_request=structured)
+        compile_with(grammars.backend_of(params.structured_outputs._backend), request)
 
     return compile_

@@ -314,10 +314,10 @@ class Streams:
         self.loads[worker].add(stream.request_id, stream.tokens)
         self._watcher.assigned(stream, self._epochs[worker])
         moved = self._clear_for_suspect(worker, now_s) if stream.is_suspect else []
-        request, origins = for_another_worker(stream.request, stream.sent, self._places(stream))
+        request, origins = for_another_worker(stream.request, stream.sent, self._origins_of(stream))
         return [*moved, Send(worker, Add(stream.attempt, request, list(stream.sent), origins))]
 
-    def _places(self, stream: Stream) -> list[Origin]:
+    def _origins_of(self, stream: Stream) -> list[Origin]:
         """Where its rows may be: a living worker's bucket must not be sealed, others' requests are in it."""
         living = {(name, self._epochs[name]) for name in self.loads if name not in self._closing}
         return [
