@@ -28,8 +28,9 @@ from tarragon.models.demo import ensure_demo_model
 LOG_CHARACTERS = 20_000
 """Of the end of a cluster's log, for a test that failed."""
 RUNNING_MAX = 2
-"""Clusters alive at once in a test process; the one used longest ago ends first. An idle one costs memory
-only, about 2.5 GiB."""
+"""Clusters alive at once in a test process; an idle one costs memory only, about 2.5 GiB. The usual one,
+which most files ask for, stays; of the others the one used longest ago ends first."""
+USUAL = (2, 2)
 KV_CACHE_BYTES = 256 << 20
 WHOLE_TIMEOUT_S = 120.0
 FLAGS = (
@@ -52,10 +53,11 @@ class Clusters:
         self, attention_workers: int = 2, expert_workers: int = 2, *flags: str, **settings: Any
     ) -> Cluster:
         """A cluster at full capacity, the same for the same arguments. Raises ClusterError if none starts."""
-        key = (attention_workers, expert_workers, flags, tuple(sorted(settings.items())))
+        key = _key(attention_workers, expert_workers, *flags, **settings)
         running = self._running.pop(key, None)
         if running is None:
             idle = [known for known in self._running if known not in self._lent]
+            idle.sort(key=lambda known: known == _key(*USUAL))  # stable: otherwise by their last use
             while idle and len(self._running) >= RUNNING_MAX:
                 self._end(idle.pop(0))
             settings = {"kv_cache_bytes": KV_CACHE_BYTES, **settings}
@@ -95,6 +97,10 @@ class Clusters:
         self._running.pop(key).stop()
 
 
+def _key(attention_workers: int, expert_workers: int, *flags: str, **settings: Any) -> Any:
+    return attention_workers, expert_workers, flags, tuple(sorted(settings.items()))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
     """A test that fails shows what its clusters had to say."""
@@ -122,7 +128,7 @@ def clusters(cluster_pool: Clusters) -> Iterator[Clusters]:
 @pytest.fixture
 def cluster(clusters: Clusters) -> Cluster:
     """2 + 2 workers with the first layers of the demo model."""
-    return clusters.get(2, 2)
+    return clusters.get(*USUAL)
 
 
 @pytest.fixture(scope="session")

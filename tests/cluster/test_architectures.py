@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same
+from tests.cluster.test_same_text import assert_all_took_part
 from tests.streams import read_all
 from tests.workload import ask, differing, mixed_requests, random_checkpoint
 
@@ -39,6 +40,7 @@ def test_the_same_tokens_alone_in_company_elsewhere_and_after_deaths(kind: str, 
         assert status["exact"], status["exact_reason"]
         together = ask(cluster.url, folder.name, bodies, concurrency=12)
         alone = ask(cluster.url, folder.name, bodies, concurrency=1)
+        assert_all_took_part(cluster)
         assert_nobody_notices_deaths(cluster, folder.name, bodies)
     assert differing(together, alone) == []
     assert all(len(answer.tokens) == OUTPUT_TOKENS for answer in alone)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cluster
 CHUNK_TOKENS = 256
 LONG_TOKENS = 600
 FLAGS = (f"--max-num-batched-tokens={CHUNK_TOKENS}", "--max-model-len=2048")
-OUTPUT_TOKENS = 32
+OUTPUT_TOKENS = 24
 VOCABULARY = 40_000
 REPORT_TIMEOUT_S = 60.0
 """Workers report once a second."""
@@ -30,7 +30,7 @@ ALONE = 8
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("weights", "shapes", "requests"),
-    [("demo model", ((1, 1), (2, 4)), 24), ("random weights", ((1, 1), (2, 2)), 16)],
+    [("demo model", ((1, 1), (2, 4)), 16), ("random weights", ((1, 1), (2, 2)), 12)],
     ids=["demo model", "random weights"],
 )
 def test_placement_and_company_change_nothing(

@@ -9,6 +9,7 @@ import torch
 
 from tarragon import native
 from tarragon.attention import capture, exact, grammars, latent, remote_experts, runner, tiles
+from tarragon.models.expert_weights import expert_stems
 from tarragon.models.shape import MoeModel
 from tarragon.refe.engine import Refe
 
@@ -24,7 +25,7 @@ def prepare(refe: Refe, model: MoeModel, threads: int) -> None:
     runner.install()
     grammars.install()
     remote_experts.register(refe, model.moe_layers)
-    _skip_expert_weights()
+    _skip_expert_weights(model)
 
 
 def compile_nothing() -> None:
@@ -36,10 +37,10 @@ def compile_nothing() -> None:
     torch.compiler.set_stance("force_eager")
 
 
-def build_engine(vllm_config: Any) -> Any:
+def build_engine(vllm_config: Any, moe_layers: tuple[int, ...]) -> Any:
     """Build vLLM's EngineCore (scheduler, paged KV cache, model) in this process.
 
-    Raises whatever vLLM raises for a model or flags that it cannot serve.
+    Raises ExpertsStayed, and whatever vLLM raises for a model or flags that it cannot serve.
     """
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -51,7 +52,9 @@ def build_engine(vllm_config: Any) -> Any:
             _, rank, local_rank = super()._distributed_args()
             return f"file:///proc/self/fd/{os.memfd_create('tarragon-rendezvous')}", rank, local_rank
 
-    return EngineCore(vllm_config, Alone, log_stats=True)
+    engine = EngineCore(vllm_config, Alone, log_stats=True)
+    remote_experts.check_all_remote(engine.model_executor.driver_worker.worker.model_runner.model, moe_layers)
+    return engine
 
 
 def fingerprint(model: MoeModel) -> str:
@@ -62,11 +65,9 @@ def fingerprint(model: MoeModel) -> str:
     return f"vllm {vllm_version}, torch {torch.__version__}, {isa}, {native.instruction_set()}, {model.dtype}"
 
 
-def _skip_expert_weights() -> None:
-    """Make vLLM's loader pass over every per-expert tensor before it reads it: no expert is local."""
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+def _skip_expert_weights(model: MoeModel) -> None:
+    """Make vLLM's loader pass over every tensor of routed experts before it reads it: none is local."""
+    from vllm.model_executor.model_loader import weight_utils
 
-    def no_local_experts(self: Any, model_config: Any) -> None:
-        self.local_expert_ids = set()
-
-    DefaultModelLoader._init_ep_weight_filter = no_local_experts
+    stems = expert_stems(model)
+    weight_utils.should_skip_weight = lambda name, local_expert_ids: name.startswith(stems)

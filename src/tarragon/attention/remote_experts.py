@@ -1,8 +1,8 @@
 """RemoteExperts: takes the place of vLLM's RoutedExperts and sends rows to expert workers (4.2).
 
 Routing, gates and shared experts stay on the attention worker; this layer owns
-no weights. It is registered by class name with vLLM's out-of-tree registry, so
-that every MoE model of vLLM gets it without a change to the model.
+no weights. It is built wherever a model of vLLM asks for RoutedExperts or a class
+derived from it, so that every MoE model gets it without a change to the model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.models.utils import extract_layer_index
 
 from tarragon.refe.engine import Refe
+
+
+class ExpertsStayed(RuntimeError):
+    """The engine's model has experts of its own, so that an expert worker's would never be asked."""
 
 
 class Weightless(FusedMoEMethodBase):
@@ -77,11 +81,36 @@ def _remote_experts(
     return RemoteExperts.refe.expert_io(position, topk_ids, x, topk_weights)
 
 
+def _new(cls: type[RoutedExperts], *args: Any, **kwargs: Any) -> RoutedExperts:
+    """``RoutedExperts.__new__``: a layer without weights that is still what the model derived."""
+    if issubclass(cls, RemoteExperts):
+        remote = cls
+    elif cls is RoutedExperts:
+        remote = RemoteExperts
+    else:
+        remote = type(f"Remote{cls.__name__}", (RemoteExperts, cls), {})
+    return torch.nn.Module.__new__(remote)
+
+
+def check_all_remote(model: torch.nn.Module, moe_layers: tuple[int, ...]) -> None:
+    """Raise ExpertsStayed unless the experts of exactly ``moe_layers`` of the built model are elsewhere."""
+    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    remote = [layer for layer in layers if type(layer).forward_modular is RemoteExperts.forward_modular]
+    found = sorted(extract_layer_index(layer.layer_name) for layer in remote)
+    if found != list(moe_layers) or len(remote) != len(layers):
+        raise ExpertsStayed(
+            f"the engine computes experts itself: {len(remote)} of {len(layers)} layers are remote"
+        )
+    if weights := [name for layer in remote for name, _ in layer.named_parameters()]:
+        raise ExpertsStayed(f"the engine keeps weights of experts: {', '.join(weights[:3])}")
+
+
 def register(refe: Refe, moe_layers: tuple[int, ...]) -> None:
     """Make vLLM build RemoteExperts in every MoE model from now on (once per process)."""
     RemoteExperts.refe = refe
     RemoteExperts.layer_positions = {layer: position for position, layer in enumerate(moe_layers)}
-    RoutedExperts.register_oot(RemoteExperts, name="RoutedExperts")
+    # Not vLLM's out-of-tree registry: it goes by the exact name, and some models derive a class of their own.
+    RoutedExperts.__new__ = _new
     # Opaque to torch.compile: the graph is cut neither before nor after it.
     library = torch.library.Library("tarragon_engine", "FRAGMENT")
     library.define(

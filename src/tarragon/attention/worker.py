@@ -45,7 +45,7 @@ def main(boot: Boot) -> None:
     # Latent attention adds up in an order that depends on the number of threads.
     prepare(refe, model, 1 if vllm_config.model_config.use_mla else boot.threads)
     control.start()
-    engine = build_engine(vllm_config)
+    engine = build_engine(vllm_config, model.moe_layers)
     engine.structured_output_manager.warm_up()
     attempts: dict[str, int] = {}
     checkpoints = Checkpoints(engine, boot, f"{fingerprint(model)}, {model.path}", attempts)

@@ -18,6 +18,12 @@ from tarragon.models.shape import DTYPES, MoeModel, find_layout
 ExpertTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
+def expert_stems(model: MoeModel) -> tuple[str, ...]:
+    """What the names of all tensors of routed experts begin with, and those of no other tensor."""
+    layouts = ARCHITECTURES[model.architecture].layouts
+    return tuple({layout.stem(layer) for layout in layouts for layer in model.moe_layers})
+
+
 class ExpertWeights:
     """Weights of single experts, in the order of rows that the engine's kernels take.
 
