@@ -26,29 +26,47 @@ def test_the_distance_of_two_runs() -> None:
     assert found["tokens_before_difference"] == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize(("ours", "within"), [(-1.05, True), (-1.5, False)])
+TEXTS = 5
+"""Fewer are no evidence."""
+
+
+@pytest.mark.parametrize(("ours", "within"), [(-1.1, True), (-1.5, False)])
 def test_the_verdict_measures_ours_by_the_peer_s_own_spread(ours: float, within: bool) -> None:
+    """The first position moves with the batch; that the second never does is no merit."""
     runs = {
-        OURS: [_text(ours, -2.0)],
-        OURS_ALONE: [_text(ours, -2.0)],
-        "vLLM, one by one": [_text(-1.0, -2.0)],
-        "vLLM, all at once": [_text(-1.1, -2.0)],
-        REFERENCE: [_text(-1.05, -2.0)],
+        OURS: [_text(ours, -2.05)] * TEXTS,
+        OURS_ALONE: [_text(ours, -2.05)] * TEXTS,
+        "vLLM, one by one": [_text(-1.0, -2.0)] * TEXTS,
+        "vLLM, all at once": [_text(-1.1, -2.0)] * TEXTS,
+        REFERENCE: [_text(-1.1, -2.1)] * TEXTS,
     }
-    verdict = fidelity.compare(runs)["verdict"]
-    assert verdict["mean_within_vllm_spread"] is within
-    assert verdict["as_near_to_float32"] is within
-    assert verdict["all"] is within
+    found = fidelity.compare(runs)
+    own = found["vllm_with_itself"]["vLLM, one by one | vLLM, all at once"]
+    assert (own["moved"], own["moved_mean"]) == (0.5, pytest.approx(0.1))
+    assert found["verdict"]["moved_mean_within_vllm_spread"] is within
+    assert found["verdict"]["as_near_to_float32"] is within
+    assert found["verdict"]["all"] is within
 
 
-def test_greedy_text_that_agrees_less_than_the_peer_s_own_is_found() -> None:
+def test_a_text_that_depends_on_its_batch_is_found() -> None:
+    runs = {
+        OURS: [_text(-1.0, -2.0)] * TEXTS,
+        OURS_ALONE: [_text(-1.0, -2.001)] * TEXTS,
+        "vLLM, one by one": [_text(-1.0, -2.0)] * TEXTS,
+        "vLLM, all at once": [_text(-1.1, -2.0)] * TEXTS,
+    }
+    assert not fidelity.compare(runs)["verdict"]["the_same_in_every_batching"]
+
+
+def test_greedy_text_that_leaves_float32_sooner_than_the_peer_s_is_found() -> None:
     runs = {
         OURS: [_text(-1.0, -2.0, continued=(9, 9, 9))],
         OURS_ALONE: [_text(-1.0, -2.0)],
-        "vLLM, one by one": [_text(-1.0, -2.0)],
-        "vLLM, all at once": [_text(-1.0, -2.0, continued=(1, 2, 9))],
+        "vLLM, one by one": [_text(-1.1, -2.0)],
+        "vLLM, all at once": [_text(-1.1, -2.0, continued=(1, 2, 9))],
+        REFERENCE: [_text(-1.0, -2.0)],
     }
-    assert not fidelity.compare(runs)["verdict"]["greedy_agreement_no_worse"]
+    assert not fidelity.compare(runs)["verdict"]["greedy_agrees_with_float32_no_less"]
 
 
 def test_what_a_server_says_of_a_prompt() -> None:

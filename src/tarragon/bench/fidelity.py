@@ -5,8 +5,10 @@ itself: its log-probs move with the batch a request is in. So that is the measur
 
 * Teacher-forced: the log-probs of given texts (`prompt_logprobs`). vLLM is asked one by one, all at once,
   in reverse order, and in small chunks; the spread of these among themselves is compared with the distance
-  of ours from each of them. vLLM in float32 says which of the two lies nearer to the model's own values.
-* Greedy: 64 tokens after each of the same texts' beginnings; how far do two runs agree?
+  of ours from each of them. A position whose rows went through the same kernels in both batchings does not
+  move at all, which on a CPU without AMX is most of them; the positions that do move are what is compared.
+* vLLM in float32 stands for the model's own values: are we as near to them as vLLM is?
+* Greedy: 64 tokens after each of the same texts' beginnings: how far do two runs agree, and with float32?
 
 The peer runs eagerly: compiling it takes minutes and changes nothing here.
 """
@@ -31,7 +33,7 @@ import msgspec
 from tarragon.bench import output
 from tarragon.bench.load import REQUEST_TIMEOUT_S
 from tarragon.bench.peer import MonolithicVllm
-from tarragon.bench.stats import percentile
+from tarragon.bench.stats import judge, paired_ratio, percentile
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
 
@@ -53,6 +55,8 @@ REVERSED: Final = "vLLM, in reverse"
 REFERENCE: Final = "vLLM in float32"
 SMALL_CHUNKS: Final = f"vLLM, chunks of {CHUNK_TOKENS}"
 QUANTILES: Final = {"median": 0.5, "p99": 0.99, "max": 1.0}
+FARTHER_MAX: Final = 1.1
+"""So many times as far from float32 as vLLM may we be, with the whole interval."""
 
 
 class Text(msgspec.Struct, frozen=True):
@@ -231,6 +235,7 @@ def compare(runs: dict[str, list[Text]]) -> dict[str, Any]:
         metrics["from_float32"] = {
             name: distance(found, runs[REFERENCE]) for name, found in runs.items() if name != REFERENCE
         }
+        metrics["farther_than_vllm"] = farther(runs)
     metrics["verdict"] = verdict(metrics)
     return metrics
 
@@ -239,10 +244,14 @@ def distance(a: Sequence[Text], b: Sequence[Text]) -> dict[str, float]:
     """How far two runs are apart: log-probs in nats, agreements as shares."""
     pairs = list(zip(a, b, strict=True))
     apart = [abs(x - y) for p, q in pairs for x, y in zip(p.logprobs, q.logprobs, strict=True)]
+    moved = [nats for nats in apart if nats > 0]
     same = [x == y for p, q in pairs for x, y in zip(p.likeliest, q.likeliest, strict=True)]
     return {
         "mean": sum(apart) / len(apart),
         **{name: percentile(apart, share) for name, share in QUANTILES.items()},
+        "moved": len(moved) / len(apart),
+        "moved_mean": sum(moved) / len(moved) if moved else 0.0,
+        "moved_p99": percentile(moved, 0.99),
         "likeliest_equal": sum(same) / len(same),
         "texts_equal": sum(p.continued == q.continued for p, q in pairs) / len(pairs),
         "tokens_before_difference": sum(agreeing(p.continued, q.continued) for p, q in pairs) / len(pairs),
@@ -254,26 +263,33 @@ def agreeing(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
+def farther(runs: dict[str, list[Text]]) -> dict[str, Any]:
+    """Our mean distance from float32 over vLLM's, text by text."""
+    ours, theirs = (
+        [distance([text], [exact])["mean"] for text, exact in zip(runs[name], runs[REFERENCE], strict=True)]
+        for name in (OURS, ALONE)
+    )
+    return paired_ratio(ours, theirs)
+
+
 def verdict(metrics: dict[str, Any]) -> dict[str, bool]:
-    """Ours against the widest that vLLM is apart from itself; in greedy text, the least it agrees."""
+    """Ours against the widest that vLLM is apart from itself, and against vLLM as seen from float32."""
     own, ours = metrics["vllm_with_itself"].values(), metrics["tarragon_with_vllm"].values()
 
     def within(name: str) -> bool:
-        return bool(min(found[name] for found in ours) <= max(found[name] for found in own))
-
-    def no_worse(name: str) -> bool:
-        return bool(max(found[name] for found in ours) >= min(found[name] for found in own))
+        return bool(max(found[name] for found in ours) <= max(found[name] for found in own))
 
     checks = {
-        "mean_within_vllm_spread": within("mean"),
-        "p99_within_vllm_spread": within("p99"),
+        "moved_mean_within_vllm_spread": within("moved_mean"),
+        "moved_p99_within_vllm_spread": within("moved_p99"),
         "max_within_vllm_spread": within("max"),
-        "greedy_agreement_no_worse": no_worse("tokens_before_difference"),
+        "the_same_in_every_batching": metrics["tarragon_with_itself"]["max"] == 0.0,
     }
     if "from_float32" in metrics:
-        far = metrics["from_float32"]
-        worst = max(found["mean"] for name, found in far.items() if name not in (OURS, OURS_ALONE))
-        checks["as_near_to_float32"] = far[OURS]["mean"] <= worst
+        far, ratio = metrics["from_float32"], metrics["farther_than_vllm"]
+        checks["as_near_to_float32"] = judge(ratio["ci95"], ratio["n"], at_most=FARTHER_MAX) == "holds"
+        least = min(far[name]["tokens_before_difference"] for name in far if name not in (OURS, OURS_ALONE))
+        checks["greedy_agrees_with_float32_no_less"] = far[OURS]["tokens_before_difference"] >= least
     return {**checks, "all": all(checks.values())}
 
 
@@ -281,8 +297,9 @@ def verdict(metrics: dict[str, Any]) -> dict[str, bool]:
 
 
 def report(metrics: dict[str, Any]) -> str:
-    columns = ("mean", *QUANTILES, "likeliest_equal", "texts_equal", "tokens_before_difference")
-    heads = ["log-probs apart (nats)", "mean", *QUANTILES, "argmax same", "texts same", "tokens same"]
+    columns = ("mean", *QUANTILES, "moved", "moved_mean", "moved_p99", "likeliest_equal", "texts_equal")
+    heads = ["log-probs apart (nats)", "mean", *QUANTILES, "moved", "mean of those", "p99", "argmax same"]
+    columns, heads = (*columns, "tokens_before_difference"), [*heads, "texts same", "tokens same"]
     pairs = {
         **metrics["vllm_with_itself"],
         **metrics["tarragon_with_vllm"],
@@ -291,7 +308,13 @@ def report(metrics: dict[str, Any]) -> str:
     }
     rows = [[name, *(found[column] for column in columns)] for name, found in pairs.items()]
     verdicts = [f"{name}: {'yes' if true else 'NO'}" for name, true in metrics["verdict"].items()]
-    return "\n".join([output.table(heads, rows), f"{metrics['positions']} positions", *verdicts])
+    lines = [output.table(heads, rows), f"{metrics['positions']} positions"]
+    if ratio := metrics.get("farther_than_vllm"):
+        low, high = ratio["ci95"]
+        lines.append(
+            f"from float32, of vLLM's distance: {ratio['median']:.2f} ({low:.2f} to {high:.2f}) a text"
+        )
+    return "\n".join([*lines, *verdicts])
 
 
 def draw(axes: Any, metrics: dict[str, Any]) -> None:
