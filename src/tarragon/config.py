@@ -38,6 +38,9 @@ AGENT_DIAL_SLICE_S: Final = 0.1
 """How long the node agent waits at a time for the orchestrator to listen: it has workers to reap."""
 AGENT_HANDSHAKE_S: Final = 2.0
 """How long it waits for an orchestrator that listens; one that dies ends the wait."""
+GROUP_NICE_INTERVAL_S: Final = 0.1
+GROUP_NICE_ATTEMPTS: Final = 10
+"""How often, and how many times, the kernel is asked to change a session's niceness."""
 GRAMMAR_POLL_MS: Final = 2
 """How often an idle attention worker looks whether the grammar of a moved request is compiled."""
 PROBES_OFF_S: Final = 86_400.0
@@ -212,7 +215,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """An orchestrator that sends the node agent no sign of life for this long hangs, and is replaced."""
     replacement_nice: int = 10
     """Niceness (0..19) of a replacement worker until it is ready, so that its start does not slow the streams
-    that go on; ignored where it could not be undone (without CAP_SYS_NICE)."""
+    that go on. Without CAP_SYS_NICE only where the kernel groups processes by session (sched_autogroup)."""
     worker_overhead_bytes: int = 512 << 20
     """Private memory of one worker besides weights and KV cache, for the check before the start."""
     log_line_bytes_max: int = 8_192

@@ -16,7 +16,7 @@ import time
 from abc import abstractmethod
 from typing import Final
 
-from tarragon.agent.process import restore_priority
+from tarragon.agent import priority
 from tarragon.boot import Boot
 from tarragon.config import SEND_TIMEOUT_S
 from tarragon.messages import Control, ExpertId, Hello, ProtocolError, Ready, Refused, Stop
@@ -84,7 +84,7 @@ class WorkerControl(threading.Thread):
         with self._send_lock:
             if isinstance(message, Ready):
                 if self._ready is None:
-                    restore_priority()  # a replacement starts politely
+                    priority.restore()  # a replacement starts politely
                 self._ready = message
             self._send(message)
 

@@ -268,8 +268,7 @@ class NodeAgent:
         )
         module = self._modules[role]
         computes = role in ("attention", "expert")
-        is_polite = is_replacement and computes and process.can_restore_priority()
-        nice = self._config.replacement_nice if is_polite else 0
+        nice = self._config.replacement_nice if is_replacement and computes else 0
         return self._fork(name, role, epoch, lambda: importlib.import_module(module).main(boot), nice=nice)
 
     def _fork(

@@ -20,9 +20,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NoReturn
 
+from tarragon.agent import priority
+
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
-_CAP_SYS_NICE: Final = 23
 _F_SETPIPE_SZ: Final = 1031
 _LOG_PIPE_BYTES: Final = 1 << 20
 _FORK_EXIT_CODE: Final = 71
@@ -121,25 +122,6 @@ def remove_openmp_mark(pid: int) -> None:
         os.unlink(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}")  # noqa: S108
 
 
-def can_restore_priority() -> bool:
-    """Whether a process of ours may raise its priority again: without that, niceness is for life."""
-    try:
-        with open("/proc/self/status", encoding="utf-8") as file:
-            effective = next(line for line in file if line.startswith("CapEff:"))
-    except (OSError, StopIteration):
-        return False
-    return bool(int(effective.split()[1], 16) >> _CAP_SYS_NICE & 1)
-
-
-def restore_priority() -> None:
-    """Give every thread of this worker its node agent's priority; for a replacement that has become ready."""
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(OSError):
-            normal = os.getpriority(os.PRIO_PROCESS, os.getppid())
-            if os.getpriority(os.PRIO_PROCESS, int(thread)) > normal:
-                os.setpriority(os.PRIO_PROCESS, int(thread), normal)
-
-
 def die_with_parent() -> None:
     """Have this process killed when the thread that started it ends. Raises OSError."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -183,7 +165,7 @@ def _child(
         _reseed()
         _set_title(title)
         if nice:
-            os.nice(nice)
+            priority.lower(nice)
         faulthandler.enable()
         gc.enable()
         code = 1
