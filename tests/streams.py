@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +130,16 @@ def read_all(
             )
 
     return asyncio.run(everything())
+
+
+def streamed_tokens(bodies: Iterable[dict[str, Any]], readings: list[Reading]) -> int:
+    """How many tokens ``on_token`` hears of: an answer that comes whole is not among its streams."""
+    return sum(
+        len(tokens)
+        for body, reading in zip(bodies, readings, strict=True)
+        for tokens in reading.tokens.values()
+        if body.get("stream", True)
+    )
 
 
 def with_stops(bodies: dict[str, dict[str, Any]], readings: list[Reading]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from tests.workload import SMALL_LAYERS, Answer, ask, differing, mixed_requests
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 BACK_MS = 60_000
 
 

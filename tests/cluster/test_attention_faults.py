@@ -14,9 +14,10 @@ from typing import Any
 import aiohttp
 import pytest
 from tests.cluster.conftest import Clusters
-from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same, counters
+from tests.cluster.observe import fresh, replaced
+from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same
 from tests.streams import kinds, read_all
-from tests.workload import ask, differing, mixed_requests
+from tests.workload import mixed_requests
 
 from tarragon.cluster import Cluster
 
@@ -45,6 +46,9 @@ def test_a_damaged_checkpoint_is_found_and_computed_anew(cluster: Cluster, model
     asked = bodies(200, EVEN)
     wanted = read_all(cluster.url, model_name, list(asked.values()))
     cluster.wait_for("protected", FULL_CAPACITY_S)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    pids = cluster.pids()
+    before = fresh(cluster, "aw-1")["aw-1"]  # the survivor, who reads what was damaged
 
     def damage_and_kill() -> None:
         for file in bucket_files(cluster):
@@ -57,23 +61,32 @@ def test_a_damaged_checkpoint_is_found_and_computed_anew(cluster: Cluster, model
             os.close(fd)
         cluster.kill("aw-0")
 
-    got = read_all(cluster.url, model_name, list(asked.values()), Once(damage_and_kill, 80))
+    fault = Once(damage_and_kill, 80)
+    got = read_all(cluster.url, model_name, list(asked.values()), fault)
+    fault.join()
     assert_same(asked, got, wanted)
+    replaced(cluster, pids, "aw-0")
+    assert fresh(cluster, "aw-1")["aw-1"]["restore_corrupt"] > before["restore_corrupt"]
+
+
+def assert_nobody_notices_a_death(
+    cluster: Cluster, model: str, asked: list[dict[str, Any]], victim: str, at: int
+) -> None:
+    """All at once, with a kill when they have brought so many tokens, get what they get one by one."""
+    wanted = [read_all(cluster.url, model, [body])[0] for body in asked]
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
-    assert counters(cluster, "restore_corrupt") > 0
+    pids = cluster.pids()
+    fault = Once(lambda: cluster.kill(victim), at)
+    got = read_all(cluster.url, model, asked, fault)
+    fault.join()
+    assert_same({str(number): body for number, body in enumerate(asked)}, got, wanted)
+    replaced(cluster, pids, victim)
 
 
 def test_preemption_under_a_small_cache(clusters: Clusters, model_name: str) -> None:
     small = clusters.get(2, 2, "--block-size=32", kv_cache_bytes=4 << 20)
     asked = mixed_requests(12, seed=21, vocabulary=40_000, long_tokens=200, output_tokens=64)
-    wanted = ask(small.url, model_name, asked, concurrency=1)
-    small.wait_for("full_capacity", FULL_CAPACITY_S)
-    timer = threading.Timer(2.0, lambda: small.kill("aw-0"))
-    timer.start()
-    got = ask(small.url, model_name, asked, concurrency=12)
-    timer.join()
-    assert differing(got, wanted) == []
-    small.wait_for("full_capacity", FULL_CAPACITY_S)
+    assert_nobody_notices_a_death(small, model_name, asked, "aw-0", at=200)
 
 
 def test_a_small_store_makes_requests_wait_and_protects_what_runs(
@@ -82,13 +95,7 @@ def test_a_small_store_makes_requests_wait_and_protects_what_runs(
     tight = clusters.get(2, 2, "--block-size=32", checkpoint_bytes_max=24 << 20)
     assert tight.wait_for("protected", FULL_CAPACITY_S)["protected"]
     asked = mixed_requests(10, seed=22, vocabulary=40_000, long_tokens=200, output_tokens=48)
-    wanted = ask(tight.url, model_name, asked, concurrency=2)
-    timer = threading.Timer(1.5, lambda: tight.kill("aw-1"))
-    timer.start()
-    got = ask(tight.url, model_name, asked, concurrency=10)
-    timer.join()
-    assert differing(got, wanted) == []
-    tight.wait_for("full_capacity", FULL_CAPACITY_S)
+    assert_nobody_notices_a_death(tight, model_name, asked, "aw-1", at=150)
     assert tight.wait_for("protected", FULL_CAPACITY_S)["protected"], "the replacement found no room"
 
 
@@ -98,20 +105,26 @@ def test_a_second_attention_worker_dies_while_the_first_ones_requests_are_restor
     three = clusters.get(3, 2)
     asked = bodies()
     wanted = read_all(three.url, model_name, list(asked.values()))
+    three.wait_for("full_capacity", FULL_CAPACITY_S)
+    pids = three.pids()
 
     def one_then_another() -> None:
         three.kill("aw-0")
         time.sleep(0.03)
         three.kill("aw-1")
 
-    got = read_all(three.url, model_name, list(asked.values()), Once(one_then_another, 100))
+    fault = Once(one_then_another, 100)
+    got = read_all(three.url, model_name, list(asked.values()), fault)
+    fault.join()
     assert_same(asked, got, wanted)
-    three.wait_for("full_capacity", FULL_CAPACITY_S)
+    replaced(three, pids, "aw-0", "aw-1")
 
 
 def test_a_client_that_leaves_in_mid_failover(cluster: Cluster, model_name: str) -> None:
     asked = bodies()
     wanted = read_all(cluster.url, model_name, list(asked.values()))
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    pids = cluster.pids()
 
     async def leave(body: dict[str, Any]) -> None:
         """Read some tokens, see the fault, hang up."""
@@ -128,7 +141,7 @@ def test_a_client_that_leaves_in_mid_failover(cluster: Cluster, model_name: str)
     got = read_all(cluster.url, model_name, list(asked.values()))
     leaving.join()
     assert_same(asked, got, wanted)
-    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    replaced(cluster, pids, "aw-1")
     deadline_s = time.monotonic() + 30
     while running := _running(cluster):
         assert time.monotonic() < deadline_s, f"{running} requests run for nobody"
@@ -148,17 +161,18 @@ def test_failures_leave_no_descriptor_and_no_memory_behind(cluster: Cluster, mod
         pids["agent"] = cluster.agent_pid
         return {name: len(list(Path(f"/proc/{pid}/fd").iterdir())) for name, pid in pids.items()}
 
+    def lose(victim: str) -> None:
+        pids = cluster.pids()
+        cluster.kill(victim)
+        replaced(cluster, pids, victim)
+
     asked = bodies(16)
     read_all(cluster.url, model_name, list(asked.values()))
     for victim in ("aw-0", "ew-0"):  # whatever is opened once is open after the first failure
-        cluster.kill(victim)
-        time.sleep(0.5)
-        cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+        lose(victim)
     before = held()
     for victim in ("aw-1", "ew-1", "aw-0"):
-        cluster.kill(victim)
-        time.sleep(0.5)
-        cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+        lose(victim)
         read_all(cluster.url, model_name, list(asked.values()))
     # A dead worker's bucket lingers for those who restore from it: one descriptor in agent and store each.
     allowance = {"agent": 3, "store": 3, "gateway": 2, "orchestrator": 2}

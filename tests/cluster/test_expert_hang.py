@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.cluster.conftest import Clusters
+from tests.cluster.observe import fresh, replaced
 from tests.workload import Answer, ask, differing, mixed_requests
 
 from tarragon.cluster import Cluster
@@ -46,7 +47,7 @@ def worker(cluster: Cluster, worker_id: str) -> dict[str, Any]:
 
 
 def events(cluster: Cluster, worker_id: str, kind: str) -> list[str]:
-    found = httpx.get(f"{cluster.admin_url}/events", params={"limit": 1_000}).json()["events"]
+    found = httpx.get(f"{cluster.admin_url}/events", params={"limit": 1_000}, timeout=30).json()["events"]
     return [event["text"] for event in found if (event["worker_id"], event["kind"]) == (worker_id, kind)]
 
 
@@ -64,7 +65,7 @@ def under_load(cluster: Cluster, model_name: str, worker_id: str) -> Iterator[li
     reader = threading.Thread(
         target=lambda: answers.extend(ask(cluster.url, model_name, BODIES, concurrency=8)), daemon=True
     )
-    before = worker(cluster, worker_id)["counters"].get("batches", 0)
+    before = fresh(cluster, worker_id)[worker_id]["batches"]  # all of older load
     reader.start()
     wait_until(
         "the load reached nobody", lambda: worker(cluster, worker_id)["counters"].get("batches", 0) > before
@@ -131,7 +132,7 @@ def test_a_cut_link_is_the_matter_of_its_two_ends(
     cluster.wait_for("full_capacity", 120)
     before = {entry["id"]: (entry["pid"], entry["epoch"]) for entry in cluster.status()["workers"]}
     dead = events(cluster, "ew-2", "dead")
-    lost = worker(cluster, "aw-0")["counters"]["links_lost"]
+    lost = fresh(cluster, "aw-0")["aw-0"]["links_lost"]
     with under_load(cluster, model_name, "ew-2") as answers:
         assert cut(before["ew-2"][0], before["aw-0"][0]) == 2, "the data link and the probes"
     assert differing(answers, undisturbed) == []
@@ -147,14 +148,13 @@ def test_two_expert_workers_killed_one_after_the_other_change_no_stream(
     cluster: Cluster, model_name: str, undisturbed: list[Answer]
 ) -> None:
     cluster.wait_for("full_capacity", 120)
-    before = {victim: worker(cluster, victim)["epoch"] for victim in ("ew-0", "ew-2")}
+    pids = cluster.pids()
     with under_load(cluster, model_name, "ew-0") as answers:
         cluster.kill("ew-0")
         time.sleep(0.3)  # the first is being replaced
         cluster.kill("ew-2")
     assert differing(answers, undisturbed) == []
-    cluster.wait_for("full_capacity", 120)
-    assert all(worker(cluster, victim)["epoch"] > epoch for victim, epoch in before.items())
+    replaced(cluster, pids, "ew-0", "ew-2")
 
 
 @pytest.mark.parametrize("victim", ["ew-0", "aw-1"])
@@ -169,23 +169,25 @@ def test_one_that_hangs_without_traffic_is_found_and_replaced(cluster: Cluster, 
 def test_the_last_replica_lost_is_a_503_after_the_limit_and_later_requests_are_served(
     clusters: Clusters, model_name: str
 ) -> None:
-    alone = clusters.get(1, 1, expert_unreachable_timeout_s=0.05, link_retry_ms=100.0)
+    alone = clusters.get(1, 1, failpoints=True, expert_unreachable_timeout_s=0.05, link_retry_ms=100.0)
     undisturbed = ask(alone.url, model_name, BODIES[:4], concurrency=4)
-    attention = worker(alone, "aw-0")["pid"]
+    pids = alone.pids()
     body = {"model": model_name, "prompt": "Once upon a time", "max_tokens": 300, "ignore_eos": True}
-    before = worker(alone, "ew-0")["counters"].get("batches", 0)
-    replies: list[httpx.Response] = []
-    reader = threading.Thread(
-        target=lambda: replies.append(httpx.post(f"{alone.url}/v1/completions", json=body, timeout=60)),
-        daemon=True,
+    alone.admin.inject("ew-0", "before-batch", 100)  # of about 1200: surely in the middle of the request
+
+    def post(**changes: int) -> httpx.Response:
+        return httpx.post(f"{alone.url}/v1/completions", json=body | changes, timeout=60)
+
+    reply = post()
+    assert reply.status_code == 503, reply.text
+    assert "has no live host" in reply.text
+    replaced(alone, pids, "ew-0")
+    # Full capacity is what the orchestrator knows; with so short a limit the attention worker must know too,
+    # and have its link.
+    wait_until(
+        "aw-0 goes by an old table",
+        lambda: worker(alone, "aw-0")["ert_version"] == alone.status()["ert_version"],
     )
-    reader.start()
-    wait_until("no load", lambda: worker(alone, "ew-0")["counters"].get("batches", 0) > before)
-    alone.kill("ew-0")
-    reader.join(timeout=60)
-    assert not reader.is_alive(), "the request hangs"
-    assert replies[0].status_code == 503, replies[0].text
-    assert "has no live host" in replies[0].text
-    alone.wait_for("full_capacity", 120)
-    assert worker(alone, "aw-0")["pid"] == attention, "the attention worker died of it"
+    wait_until("later requests are not served", lambda: post(max_tokens=1).status_code == 200)
+    assert worker(alone, "aw-0")["pid"] == pids["aw-0"], "the attention worker died of it"
     assert differing(ask(alone.url, model_name, BODIES[:4], concurrency=4), undisturbed) == []

@@ -29,7 +29,7 @@ def names(cluster: Cluster) -> set[str]:
 
 def value(cluster: Cluster, sample_name: str, **labels: str) -> float:
     """Sum of the samples of that name on the admin listener whose labels are these."""
-    families = text_string_to_metric_families(httpx.get(f"{cluster.admin_url}/metrics").text)
+    families = text_string_to_metric_families(httpx.get(f"{cluster.admin_url}/metrics", timeout=30).text)
     return sum(
         sample.value
         for family in families

@@ -19,6 +19,7 @@ from fake_cluster import (
     LAYERS,
     LIMIT_S,
     Cluster,
+    Fake,
     make_model,
     run,
     wait_for,
@@ -44,6 +45,18 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+async def replacement(cluster: Cluster, victim: Fake) -> StartWorker:
+    """Wait for the order to start a successor."""
+
+    def order() -> StartWorker | None:
+        starts = [o for o in cluster.orders if isinstance(o, StartWorker)]
+        boot = victim.boot
+        return next((o for o in starts if o.worker_id == boot.worker_id and o.epoch > boot.epoch), None)
+
+    found: StartWorker = await wait_for(order, "no replacement is asked for")
+    return found
 
 
 # ------------------------------------------------------------------ life
@@ -93,21 +106,11 @@ def test_an_expert_workers_death_reaches_attention_workers_at_once_and_it_is_rep
         table = await wait_for(
             lambda: attention.table if attention.table is not old else None, "no new table"
         )
-        assert time.monotonic() - death_s < 1.0
+        assert time.monotonic() - death_s < LIMIT_S / 4
         assert [p.worker_id for p in table.workers] == ["ew-1"]
         assert all(found == [0] for row in table.candidates for found in row)
         assert table.version > before["ert_version"]
-        order = await wait_for(
-            lambda: next(
-                (
-                    o
-                    for o in cluster.orders
-                    if isinstance(o, StartWorker) and o.worker_id == "ew-0" and o.epoch > victim.boot.epoch
-                ),
-                None,
-            ),
-            "no replacement is asked for",
-        )
+        order = await replacement(cluster, victim)
         await cluster.exited(victim)
         status = await cluster.until(lambda s: "SIGKILL" in json.dumps(s["workers"]) or s["ready"])
         assert status["ready"] is True
@@ -121,7 +124,8 @@ def test_an_expert_workers_death_reaches_attention_workers_at_once_and_it_is_rep
         assert ("dead", "ew-0") in kinds
         assert ("exited", "ew-0") in kinds
 
-    run(test, model)
+    # With these, only the end of the connection can tell in time.
+    run(test, model, worker_probe_interval_ms=60_000.0, report_interval_ms=60_000.0)
 
 
 def test_without_shadows_the_survivor_loads_what_was_lost(model: str) -> None:
@@ -204,13 +208,12 @@ def test_protected_means_a_store_and_a_bucket_for_every_attention_worker(model: 
         status = await cluster.until(lambda s: s["protected"])
         assert status["protected_reason"] == ""
         cluster.silent.add("store")
-        cluster.fakes["store"].die()
+        store = cluster.fakes["store"]
+        store.die()
         status = await cluster.until(lambda s: not s["protected"])
         assert "no checkpoint store runs" in status["protected_reason"]
         assert status["ready"] is True
-        again = next(o for o in reversed(cluster.orders) if isinstance(o, StartWorker))
-        assert again.worker_id == "store"
-        await cluster.start(again)
+        await cluster.start(await replacement(cluster, store))
         await cluster.until(lambda s: s["protected"])
 
     run(test, model)
@@ -335,7 +338,7 @@ def test_a_restarted_orchestrator_takes_over_the_workers(model: str) -> None:
         told = [m for m in cluster.fakes["gateway"].inbox if isinstance(m, (Welcome, Peers))]
         assert all("aw-0" in [p.worker_id for p in m.peers] for m in told), "aw-0 has the gateway's requests"
 
-    run(test, model, adoption_window_s=0.5)
+    run(test, model, adoption_window_s=3.0)
 
 
 # ------------------------------------------------------------------ faults of the user

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.cluster.observe import fresh
 from tests.streams import Reading, kinds, read_all
 
 from tarragon.cluster import Cluster
@@ -69,6 +70,15 @@ def whole_with_another(cluster: Cluster, worker_id: str, pid: int) -> dict[str, 
         time.sleep(0.05)
 
 
+def reported_by_store(cluster: Cluster) -> dict[str, float]:
+    """Wait for the first report of a new store, which follows after it is healthy."""
+    deadline_s = time.monotonic() + WAIT_S
+    while "restarts" not in (counters := of(cluster.status(), "store")["counters"]):
+        assert time.monotonic() < deadline_s, "the store reports nothing"
+        time.sleep(0.05)
+    return counters
+
+
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
 def test_a_store_that_dies_or_hangs_stops_no_stream(cluster: Cluster, model_name: str, number: str) -> None:
     before = whole(cluster)
@@ -78,10 +88,12 @@ def test_a_store_that_dies_or_hangs_stops_no_stream(cluster: Cluster, model_name
     after = whole_with_another(cluster, "store", store_pid)
     others = {i: who for i, who in workers(before).items() if i != "store"}
     assert {i: who for i, who in workers(after).items() if i != "store"} == others
-    counters = of(after, "store")["counters"]
+    counters = reported_by_store(cluster)
     assert counters["restarts"] >= 1
     assert counters["buckets"] >= 2
     assert counters["bytes_touched"] > 0
+    fresh(cluster, "aw-0", "aw-1")
+    whole(cluster)  # by reports from after it: the attention workers have found the new store
 
 
 def test_an_attention_worker_killed_after_the_store_loses_nothing(cluster: Cluster, model_name: str) -> None:

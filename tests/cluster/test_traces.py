@@ -18,7 +18,7 @@ from tarragon.tracing import ATTEMPT_SPAN, REQUEST_SPAN
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-TOKENS = 160
+TOKENS = 600
 KILL_AT = 40
 FULL_CAPACITY_S = 120.0
 
@@ -47,7 +47,7 @@ def traced(collector: Receiver) -> Iterator[Cluster]:
 
 def owner(cluster: Cluster) -> str:
     """The attention worker that runs the only request, by vLLM's own gauge."""
-    lines = httpx.get(f"{cluster.url}/metrics").text.splitlines()
+    lines = httpx.get(f"{cluster.url}/metrics", timeout=30).text.splitlines()
     [index] = [
         line.partition('engine="')[2].partition('"')[0]
         for line in lines

@@ -245,7 +245,7 @@ def test_another_version_is_named_to_both_sides(monkeypatch: pytest.MonkeyPatch)
 
 @no_leak()
 def test_slow_dialers_delay_nobody_and_are_cut_in_time() -> None:
-    listener = listen(address := new_address(), handshake_timeout_s=0.4)
+    listener = listen(address := new_address(), handshake_timeout_s=2.0)
     strangers = [socket.socket(socket.AF_UNIX) for _ in range(5)]
     hello = DialerHandshake(SECRET).opening
     for stranger in strangers:
@@ -255,17 +255,17 @@ def test_slow_dialers_delay_nobody_and_are_cut_in_time() -> None:
     with thread(lambda: call(address).close()) as dialled:
         listener.accept(WAIT_S).close()
     assert dialled.error is None
-    assert time.monotonic() - began_s < AT_ONCE_S
+    assert time.monotonic() - began_s < 1.5, "it waited for a stranger to be cut"
 
     def drip() -> None:
         for place in range(1, len(hello)):  # each byte alone would be in time
-            time.sleep(0.05)
+            time.sleep(0.2)
             strangers[0].send(hello[place : place + 1])
 
     with thread(drip) as dripping:
         for _ in strangers:
             refuse(listener, "took longer")
-        assert time.monotonic() - began_s < AT_ONCE_S + 0.4
+        assert time.monotonic() - began_s < AT_ONCE_S + 2.0  # the drops take 8 s
     assert isinstance(dripping.error, ConnectionError)
     assert listener.refused == len(strangers)
     for stranger in strangers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarragon.checkpoint import ledger as ledger_module
@@ -115,6 +115,7 @@ def test_the_number_of_buckets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(ledger.open("aw-2", 3, 1), Waits)
 
 
+@settings(deadline=None)
 @given(
     bytes_max=st.integers(1, 50),
     moves=st.lists(

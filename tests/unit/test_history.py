@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarragon.observability.history import History
@@ -119,6 +119,7 @@ def test_the_window_moves_on_and_nothing_is_not_a_token() -> None:
     assert pace.tokens_total == 3
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.001, 10.0), min_size=1, max_size=50))
 def test_median_p95_and_max_are_in_order(gaps: list[float]) -> None:
     pace, now_s = Pace(window_s=1e9), 0.0

@@ -285,7 +285,7 @@ def test_another_secret_is_refused_on_both_sides(run: Run) -> None:
 
 def test_slow_and_silent_dialers_delay_nobody_and_are_cut(run: Run) -> None:
     async def body() -> None:
-        async with serving(handshake_timeout_s=0.3) as (address, server):
+        async with serving(handshake_timeout_s=2.0) as (address, server):
             strangers = [socket.socket(socket.AF_UNIX) for _ in range(10)]
             for stranger in strangers:
                 stranger.connect(address)
@@ -294,7 +294,7 @@ def test_slow_and_silent_dialers_delay_nobody_and_are_cut(run: Run) -> None:
             friend = await call_async(address)
             await friend.send(b"first")
             assert await friend.recv() == b"first"
-            assert time.monotonic() - began_s < AT_ONCE_S
+            assert time.monotonic() - began_s < 1.5, "it waited for a stranger to be cut"
             await refusals(server, len(strangers))
             for stranger in strangers:
                 assert await asyncio.to_thread(stranger.recv, 1) == b""

@@ -89,6 +89,9 @@ class _Target:
     def verify(self, now_us: int) -> None:
         if not self.suspect:
             self.suspect, self._asking = True, True
+            # What it had answered before it was suspected does not clear it.
+            while self._channel is not None and self._channel.recv_ready():
+                pass
             self._watch = _strict(self._config, self._peer, now_us)
 
     def look(self, now_us: int) -> str:
