@@ -55,6 +55,8 @@ class Host:
             config=config,
         )
         self.store: Any = None
+        self._starting = threading.Lock()
+        """Held until a started store's pid is known: the store may ask for its buckets before that."""
         self.living: list[Peer] = []
         self.reports: list[Report] = []
         self.hellos: list[Hello] = []
@@ -68,7 +70,7 @@ class Host:
             self.boot.secret,
             config,
             LogWriter(2),
-            lambda pid, worker_id, epoch: (pid, worker_id) == (self.store.pid, "store"),
+            self._is_store,
         )
         self._orchestrator = Listener(
             self.boot.orchestrator_address, self.boot.secret, frame_bytes_max=1 << 20, handshake_timeout_s=5.0
@@ -77,6 +79,10 @@ class Host:
         for thread in self._threads:
             thread.start()
         self.clients: list[Client] = []
+
+    def _is_store(self, pid: int, worker_id: str, epoch: int) -> bool:
+        with self._starting:
+            return (pid, worker_id) == (self.store.pid, "store")
 
     def _keep(self) -> None:
         while not self._ending.is_set():
@@ -111,8 +117,9 @@ class Host:
     def launch(self) -> None:
         """Start the next incarnation of the store and wait until it is ready."""
         self.boot = msgspec.structs.replace(self.boot, epoch=self.boot.epoch + 1)
-        self.store = _fork.Process(target=process.main, args=(self.boot,), daemon=True)
-        self.store.start()
+        with self._starting:
+            self.store = _fork.Process(target=process.main, args=(self.boot,), daemon=True)
+            self.store.start()
         wait(lambda: self.readies and self.readies[-1].epoch == self.boot.epoch, "ready store")
 
     def kill(self) -> None:
