@@ -213,6 +213,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """An orchestrator that does not answer the node agent this long after its start is replaced."""
     orchestrator_silence_s: float = 5.0
     """An orchestrator that sends the node agent no sign of life for this long hangs, and is replaced."""
+    replacement_pause_s: float = 0.5
+    """A replacement starts this long after a death while others of its role go on, so that its start does not
+    fall into the moment in which they take over. Where there is no other, at once."""
     replacement_nice: int = 10
     """Niceness (0..19) of a replacement worker until it is ready, so that its start does not slow the streams
     that go on. Without CAP_SYS_NICE only where the kernel groups processes by session (sched_autogroup)."""

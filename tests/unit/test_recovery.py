@@ -286,7 +286,8 @@ def ready_of(process: Process, order: int) -> Ready:
 
 
 def config_of(attention: int = 2, expert: int = 2, room: int = 0, **more: float) -> Config:
-    settings_ = {"crash_loop_restarts_max": 1_000_000, "expert_memory_bytes_max": room * EXPERT_BYTES, **more}
+    settings_ = {"crash_loop_restarts_max": 1_000_000, "expert_memory_bytes_max": room * EXPERT_BYTES}
+    settings_ |= {"replacement_pause_s": 0.0, **more}
     return Config(attention_workers=attention, expert_workers=expert, **settings_)  # type: ignore[arg-type]
 
 
@@ -576,6 +577,37 @@ def test_a_worker_that_never_becomes_ready_is_replaced() -> None:
     epoch = cluster.recovery.membership.workers["ew-0"].epoch
     cluster.tick(5.5)
     assert cluster.recovery.membership.workers["ew-0"].epoch > epoch
+
+
+# ------------------------------------------------------------------ when a replacement starts
+
+
+def test_a_replacement_waits_while_others_go_on() -> None:
+    cluster = started(config_of(replacement_pause_s=0.5))
+    for worker_id in ("ew-1", "aw-0"):
+        cluster.kill(index_of(cluster, worker_id))
+        assert not cluster.starts
+        assert cluster.recovery.ready
+        cluster.tick(0.4)
+        assert not cluster.starts
+        cluster.tick(0.2)
+        assert cluster.starts
+        cluster.settle()
+    assert cluster.recovery.full_capacity
+
+
+@pytest.mark.parametrize("worker_id", ["aw-0", "gateway"])
+def test_a_worker_without_whom_nothing_goes_on_is_replaced_at_once(worker_id: str) -> None:
+    cluster = started(config_of(attention=1, replacement_pause_s=0.5))
+    cluster.kill(index_of(cluster, worker_id))
+    assert cluster.starts
+
+
+def test_a_worker_that_was_the_last_to_host_an_expert_is_replaced_at_once() -> None:
+    cluster = started(config_of(room=4, replacement_pause_s=0.5))  # no room for shadows
+    cluster.kill(index_of(cluster, "ew-0"))
+    assert cluster.recovery.unreachable
+    assert cluster.starts
 
 
 # ------------------------------------------------------------------ crash loops

@@ -280,6 +280,7 @@ class Recovery:
             actions.append(note(worker, "left", "drained"))
             self.forget(worker.worker_id)
         elif replace:
+            actions += self.settle(now_s)  # whether the others can go on shows in the table without it
             actions += self._replace(worker, now_s)
         self.meant.discard((moved.worker_id, moved.epoch))
         return actions + self.settle(now_s)
@@ -287,12 +288,17 @@ class Recovery:
     def _replace(self, worker: Worker, now_s: float) -> list[Action]:
         healthy_for_s = None if worker.ready_s is None else now_s - worker.ready_s
         meant = (worker.worker_id, worker.epoch) in self.meant
-        due_s = self.restarts.died(worker.worker_id, healthy_for_s, now_s, meant=meant)
+        alike = self.membership.by_role(worker.role)
+        others_go_on = self.ready and any(other.state == "healthy" for other in alike)
+        due_s = self.restarts.died(
+            worker.worker_id, healthy_for_s, now_s, meant=meant, others_go_on=others_go_on
+        )
         if due_s is None:
             return self._give_up(worker)
         if due_s <= now_s:
             return self.start(worker.worker_id, worker.role, now_s)
-        return [note(worker, "backoff", f"starts again in {due_s - now_s:.1f} s")]
+        kind = "backoff" if self.restarts.crashes(worker.worker_id) > 1 else "pause"
+        return [note(worker, kind, f"starts again in {due_s - now_s:.1f} s")]
 
     def _give_up(self, worker: Worker) -> list[Action]:
         times = self.restarts.crashes(worker.worker_id)

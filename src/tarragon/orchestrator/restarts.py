@@ -1,4 +1,4 @@
-"""When is a dead worker started again? At once, unless it is in a crash loop. Pure."""
+"""When is a dead worker started again? Once those who go on have resumed; later in a crash loop. Pure."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ class _Restart:
 
 
 class Restarts:
-    """Counts early deaths in a row. The first costs no pause, each further one twice the last pause."""
+    """Counts early deaths in a row. The first costs no backoff, each further one twice the last."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._workers: dict[str, _Restart] = {}
 
-    def died(self, worker_id: str, healthy_for_s: float | None, now_s: float, *, meant: bool) -> float | None:
+    def died(
+        self, worker_id: str, healthy_for_s: float | None, now_s: float, *, meant: bool, others_go_on: bool
+    ) -> float | None:
         """Plan the restart of a worker; return when, or None if it is given up.
 
         ``healthy_for_s`` is None if it never became ready; ``meant`` says that a person ended it.
+        ``others_go_on``: its work is others' now, whom a start in the same moment would slow down.
         """
         entry = self._workers.setdefault(worker_id, _Restart())
         early = healthy_for_s is None or healthy_for_s < self._config.crash_loop_uptime_s
@@ -35,7 +38,8 @@ class Restarts:
         if entry.crashes > self._config.crash_loop_restarts_max:
             entry.given_up, entry.due_s = True, None
             return None
-        entry.due_s = now_s + self._pause_s(entry.crashes)
+        pause_s = self._config.replacement_pause_s if others_go_on else 0.0
+        entry.due_s = now_s + max(pause_s, self._backoff_s(entry.crashes))
         return entry.due_s
 
     def due(self, now_s: float) -> list[str]:
@@ -58,7 +62,7 @@ class Restarts:
         """Early deaths in a row."""
         return self._workers[worker_id].crashes if worker_id in self._workers else 0
 
-    def _pause_s(self, crashes: int) -> float:
+    def _backoff_s(self, crashes: int) -> float:
         if crashes < 2:
             return 0.0
         return min(self._config.restart_backoff_s_max, self._config.restart_backoff_s * 2.0 ** (crashes - 2))
