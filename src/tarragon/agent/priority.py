@@ -23,7 +23,7 @@ def lower(nice: int) -> None:
 
     What could not be undone later is left as it is: without CAP_SYS_NICE, the process's own.
     """
-    if _may_raise():
+    if may_raise():
         os.nice(nice)
     _set_group(nice)
 
@@ -36,13 +36,14 @@ def restore() -> None:
             normal = os.getpriority(os.PRIO_PROCESS, parent)
             if os.getpriority(os.PRIO_PROCESS, int(thread)) > normal:
                 os.setpriority(os.PRIO_PROCESS, int(thread), normal)
-    wanted, own = group_nice(parent), group_nice(os.getpid())
-    if wanted is not None and own is not None and own > wanted:
+    wanted = group_nice(parent) or 0  # the machine's first session is in no group
+    own = group_nice(os.getpid())
+    if own is not None and own > wanted:
         _set_group(wanted)
 
 
 def group_nice(pid: int) -> int | None:
-    """The niceness of a process's session among the sessions; None where the kernel groups none."""
+    """The niceness of a process's session among the sessions; None if it is in no group."""
     try:
         return int(Path(f"/proc/{pid}/autogroup").read_text().rsplit(maxsplit=1)[-1])
     except (OSError, ValueError, IndexError):
@@ -63,7 +64,7 @@ def _set_group(nice: int) -> None:
         return
 
 
-def _may_raise() -> bool:
+def may_raise() -> bool:
     """Whether this process may raise its priority again: without that, niceness is for life."""
     try:
         status = Path("/proc/self/status").read_text()
