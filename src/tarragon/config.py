@@ -180,7 +180,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     crash_loop_restarts_max: int = 5
     """After more than so many such deaths in a row the worker is given up, until a person asks for it."""
     restart_backoff_s: float = 0.5
-    """Pause before the second restart in a row; it doubles with every further one. The first is immediate."""
+    """Pause before the second restart in a row; it doubles with every further one. The first has none."""
     restart_backoff_s_max: float = 30.0
     """Longest pause before a restart."""
     adoption_window_s: float = 2.0

@@ -75,10 +75,6 @@ def under_load(cluster: Cluster, model_name: str, worker_id: str) -> Iterator[li
     assert not reader.is_alive(), "a stream hangs"
 
 
-def counted(cluster: Cluster, name: str) -> float:
-    return sum(entry.get("counters", {}).get(name, 0) for entry in cluster.status()["workers"])
-
-
 def is_gone(pid: int) -> bool:
     try:
         os.kill(pid, 0)

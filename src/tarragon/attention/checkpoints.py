@@ -26,11 +26,13 @@ class Checkpoints:
     """Built once the engine stands; ``prepare``, ``begin``, ``load`` and ``end`` frame every step of it.
 
     Args:
+        runner: the engine's model runner.
         attempts: attempt number of every request that this worker has, kept by whoever takes requests.
     """
 
-    def __init__(self, engine: Any, boot: Boot, fingerprint: str, attempts: Mapping[str, int]) -> None:
-        runner = engine.model_executor.driver_worker.worker.model_runner
+    def __init__(
+        self, engine: Any, runner: Any, boot: Boot, fingerprint: str, attempts: Mapping[str, int]
+    ) -> None:
         self._scheduler, self._runner, self._attempts = engine.scheduler, runner, attempts
         self.writer = Checkpointer(deferred=runner.model_config.enforce_eager)
         self.restorer = Restorer(fingerprint)

@@ -53,8 +53,13 @@ def build_engine(vllm_config: Any, moe_layers: tuple[int, ...]) -> Any:
             return f"file:///proc/self/fd/{os.memfd_create('tarragon-rendezvous')}", rank, local_rank
 
     engine = EngineCore(vllm_config, Alone, log_stats=True)
-    remote_experts.check_all_remote(engine.model_executor.driver_worker.worker.model_runner.model, moe_layers)
+    remote_experts.check_all_remote(model_runner(engine).model, moe_layers)
     return engine
+
+
+def model_runner(engine: Any) -> Any:
+    """The runner of the engine's only worker, which is in this process."""
+    return engine.model_executor.driver_worker.worker.model_runner
 
 
 def fingerprint(model: MoeModel) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from tarragon.attention.checkpoints import Checkpoints
 from tarragon.attention.control import ControlThread
-from tarragon.attention.engine import build_engine, compile_nothing, fingerprint, prepare
+from tarragon.attention.engine import build_engine, compile_nothing, fingerprint, model_runner, prepare
 from tarragon.attention.exact import inexact_reason
 from tarragon.attention.failpoints import Failpoints
 from tarragon.attention.requests import Requests
@@ -48,7 +48,9 @@ def main(boot: Boot) -> None:
     engine = build_engine(vllm_config, model.moe_layers)
     engine.structured_output_manager.warm_up()
     attempts: dict[str, int] = {}
-    checkpoints = Checkpoints(engine, boot, f"{fingerprint(model)}, {model.path}", attempts)
+    checkpoints = Checkpoints(
+        engine, model_runner(engine), boot, f"{fingerprint(model)}, {model.path}", attempts
+    )
     AttentionModelRunner.checkpoints = checkpoints
     refe.on_gap = checkpoints.writer.flush
     checkpoints.writer.traffic = refe.traffic

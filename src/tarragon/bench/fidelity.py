@@ -297,9 +297,16 @@ def verdict(metrics: dict[str, Any]) -> dict[str, bool]:
 
 
 def report(metrics: dict[str, Any]) -> str:
-    columns = ("mean", *QUANTILES, "moved", "moved_mean", "moved_p99", "likeliest_equal", "texts_equal")
-    heads = ["log-probs apart (nats)", "mean", *QUANTILES, "moved", "mean of those", "p99", "argmax same"]
-    columns, heads = (*columns, "tokens_before_difference"), [*heads, "texts same", "tokens same"]
+    columns = {
+        "mean": "mean",
+        **dict(zip(QUANTILES, QUANTILES, strict=True)),
+        "moved": "moved",
+        "moved_mean": "mean of those",
+        "moved_p99": "p99 of those",
+        "likeliest_equal": "argmax same",
+        "texts_equal": "texts same",
+        "tokens_before_difference": "tokens same",
+    }
     pairs = {
         **metrics["vllm_with_itself"],
         **metrics["tarragon_with_vllm"],
@@ -308,7 +315,10 @@ def report(metrics: dict[str, Any]) -> str:
     }
     rows = [[name, *(found[column] for column in columns)] for name, found in pairs.items()]
     verdicts = [f"{name}: {'yes' if true else 'NO'}" for name, true in metrics["verdict"].items()]
-    lines = [output.table(heads, rows), f"{metrics['positions']} positions"]
+    lines = [
+        output.table(["log-probs apart (nats)", *columns.values()], rows),
+        f"{metrics['positions']} positions",
+    ]
     if ratio := metrics.get("farther_than_vllm"):
         low, high = ratio["ci95"]
         lines.append(

@@ -279,11 +279,11 @@ class Recovery:
         if moved.before == "draining":
             actions.append(note(worker, "left", "drained"))
             self.forget(worker.worker_id)
-        elif replace:
-            actions += self.settle(now_s)  # whether the others can go on shows in the table without it
+        actions += self.settle(now_s)  # first: whether the others can go on shows in the table without it
+        if replace and moved.before != "draining":
             actions += self._replace(worker, now_s)
         self.meant.discard((moved.worker_id, moved.epoch))
-        return actions + self.settle(now_s)
+        return actions
 
     def _replace(self, worker: Worker, now_s: float) -> list[Action]:
         healthy_for_s = None if worker.ready_s is None else now_s - worker.ready_s
@@ -294,13 +294,13 @@ class Recovery:
             worker.worker_id, healthy_for_s, now_s, meant=meant, others_go_on=others_go_on
         )
         if due_s is None:
-            return self._give_up(worker)
+            return self._give_up(worker, now_s)
         if due_s <= now_s:
             return self.start(worker.worker_id, worker.role, now_s)
         kind = "backoff" if self.restarts.crashes(worker.worker_id) > 1 else "pause"
         return [note(worker, kind, f"starts again in {due_s - now_s:.1f} s")]
 
-    def _give_up(self, worker: Worker) -> list[Action]:
+    def _give_up(self, worker: Worker, now_s: float) -> list[Action]:
         times = self.restarts.crashes(worker.worker_id)
         text = f"{worker.worker_id} ended {times} times in a row: {worker.cause}"
         if not self.was_ready:
@@ -309,7 +309,7 @@ class Recovery:
         actions: list[Action] = [note(worker, "given up", text)]
         if worker.role == "expert":
             actions += self._retarget(self.planner.without, worker.worker_id)
-        return actions
+        return actions + self.settle(now_s)
 
     # ------------------------------------------------------------------ parts of a reaction
 
