@@ -219,6 +219,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     replacement_nice: int = 10
     """Niceness (0..19) of a replacement worker until it is ready, so that its start does not slow the streams
     that go on. Without CAP_SYS_NICE only where the kernel groups processes by session (sched_autogroup)."""
+    replacement_idle_s: float = 20.0
+    """So long a replacement, until it is ready, gets only cores that nobody else wants (SCHED_IDLE), and who
+    serves does not wait for the end of its slice. Then it has its share, so that it starts on a busy machine
+    too. Needs CAP_SYS_NICE."""
     worker_overhead_bytes: int = 512 << 20
     """Private memory of one worker besides weights and KV cache, for the check before the start."""
     log_line_bytes_max: int = 8_192

@@ -12,35 +12,42 @@ from typing import Any
 from tarragon.agent.priority import group_nice, may_raise
 
 TIMEOUT_S = 60
+LONG_S = 60.0
 
 PROGRAM = """
-import json, os, sys, threading
+import json, os, sys, threading, time
 from tarragon.agent import priority
 from tarragon.agent.process import fork_child
 
 def seen():
-    return [os.getpriority(os.PRIO_PROCESS, 0), priority.group_nice(os.getpid())]
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    return [nice, priority.group_nice(os.getpid()), os.sched_getscheduler(0) == os.SCHED_IDLE]
 
 def child():
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
     low = seen()
+    if "wait" in sys.argv:
+        while seen()[2]:
+            time.sleep(0.01)
+        low = seen()
     priority.restore()
-    own = os.getpriority(os.PRIO_PROCESS, thread.native_id)
+    own = [os.getpriority(os.PRIO_PROCESS, thread.native_id), os.sched_getscheduler(thread.native_id)]
     stop.set()
     print(json.dumps({"low": low, "restored": seen(), "thread": own}), flush=True)
 
 before = seen()
-pid, _ = fork_child("child", child, lambda: None, piped=False, nice=int(sys.argv[1]))
+polite = priority.Politeness(nice=7, idle_s=float(sys.argv[1]))
+pid, _ = fork_child("child", child, lambda: None, polite, piped=False)
 os.waitpid(pid, 0)
 print(json.dumps({"before": before, "after": seen()}))
 """
 
 
-def run(nice: int, *, privileged: bool = True) -> dict[str, Any]:
-    """What a child saw that was to be that nice, and its parent; both lack CAP_SYS_NICE if not privileged."""
-    command = [sys.executable, "-c", PROGRAM, str(nice)]
+def run(idle_s: float, *arguments: str, privileged: bool = True) -> dict[str, Any]:
+    """What a polite child saw, and its parent; both lack CAP_SYS_NICE if not privileged."""
+    command = [sys.executable, "-c", PROGRAM, str(idle_s), *arguments]
     if not privileged and may_raise():
         command = ["setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice", *command]
     done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=True, start_new_session=True)
@@ -51,16 +58,26 @@ def run(nice: int, *, privileged: bool = True) -> dict[str, Any]:
 
 
 def test_it_is_low_and_becomes_its_parents() -> None:
-    found = run(7)
+    found = run(LONG_S)
     grouped = found["before"][1] is not None  # this process may be of the first session, which is in no group
-    assert found["low"][1] == (7 if grouped else None)
+    own = [7, True] if may_raise() else [found["before"][0], False]
+    assert found["low"] == [own[0], 7 if grouped else None, own[1]]
     assert found["restored"] == found["before"] == found["after"]
-    assert found["thread"] == found["before"][0]
+    assert found["thread"] == [found["before"][0], os.SCHED_OTHER]
+
+
+def test_its_idleness_ends_before_it_is_ready() -> None:
+    found = run(0.05, "wait")
+    assert found["low"][2] is False
+    assert found["low"][0] == (7 if may_raise() else found["before"][0])
+    assert found["restored"] == found["before"] == found["after"]
+    assert found["thread"] == [found["before"][0], os.SCHED_OTHER]
 
 
 def test_without_the_privilege_only_what_can_be_undone_is_lowered() -> None:
-    found = run(7, privileged=False)
+    found = run(LONG_S, privileged=False)
     assert found["low"][0] == found["before"][0]
+    assert found["low"][2] is False
     assert found["restored"] == found["before"]
 
 
@@ -73,7 +90,7 @@ from tarragon.agent import priority
 launcher = os.getpid()
 if not os.fork():
     os.setsid()
-    priority.lower(7)
+    priority.lower(priority.Politeness(7, 60.0))
     while os.getppid() == launcher:
         time.sleep(0.01)
     priority.restore()

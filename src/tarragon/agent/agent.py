@@ -25,6 +25,7 @@ from tarragon.agent.children import CONSOLE, ORCHESTRATOR, STORE, Child, Childre
 from tarragon.agent.link import OrchestratorLink, RestartBudget
 from tarragon.agent.log import LogPipe, LogWriter, collected
 from tarragon.agent.preload import PRELOAD_MODULES, WORKER_MODULES
+from tarragon.agent.priority import Politeness
 from tarragon.agent.signals import STOP_SIGNALS, Interrupted, SignalInbox
 from tarragon.agent.vault import Vault
 from tarragon.boot import Boot, socket_address
@@ -64,6 +65,7 @@ class NodeAgent:
         ``stop_with_pid`` the cluster ends when that process does.
         """
         self._config = config
+        self._polite = Politeness(config.replacement_nice, config.replacement_idle_s)
         self._model = model
         self._engine_args = tuple(engine_args)
         self._modules = modules
@@ -268,13 +270,20 @@ class NodeAgent:
         )
         module = self._modules[role]
         computes = role in ("attention", "expert")
-        nice = self._config.replacement_nice if is_replacement and computes else 0
-        return self._fork(name, role, epoch, lambda: importlib.import_module(module).main(boot), nice=nice)
+        polite = self._polite if is_replacement and computes else None
+        return self._fork(name, role, epoch, lambda: importlib.import_module(module).main(boot), polite)
 
     def _fork(
-        self, name: str, role: str, epoch: int, body: Callable[[], None], *, piped: bool = True, nice: int = 0
+        self,
+        name: str,
+        role: str,
+        epoch: int,
+        body: Callable[[], None],
+        polite: Politeness | None = None,
+        *,
+        piped: bool = True,
     ) -> Child:
-        pid, log_fd = process.fork_child(f"tarragon: {name}", body, self._release, piped=piped, nice=nice)
+        pid, log_fd = process.fork_child(f"tarragon: {name}", body, self._release, polite, piped=piped)
         log = LogPipe(log_fd, self._config.log_line_bytes_max) if piped else None
         child = self._children[pid] = Child(name, role, epoch, pid, log)
         if log is not None:

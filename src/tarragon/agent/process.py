@@ -46,9 +46,9 @@ def fork_child(
     title: str,
     body: Callable[[], None],
     release: Callable[[], None],
+    polite: priority.Politeness | None = None,
     *,
     piped: bool = True,
-    nice: int = 0,
 ) -> tuple[int, int]:
     """Fork a child that runs ``body`` and then ends; return (pid, log descriptor) in the parent.
 
@@ -70,7 +70,7 @@ def fork_child(
     try:
         pid = os.fork()
         if pid == 0:
-            _child(title, body, release, parent_pid, write_end, nice)
+            _child(title, body, release, parent_pid, write_end, polite)
     except OSError:
         for fd in (read_end, write_end):
             if fd >= 0:
@@ -149,7 +149,7 @@ def _child(
     release: Callable[[], None],
     parent_pid: int,
     log_fd: int,
-    nice: int,
+    polite: priority.Politeness | None,
 ) -> NoReturn:
     """Everything that the child does, from its first instruction to its exit."""
     code = _FORK_EXIT_CODE
@@ -164,8 +164,8 @@ def _child(
         _close_all_above_stdio()
         _reseed()
         _set_title(title)
-        if nice:
-            priority.lower(nice)
+        if polite is not None:
+            priority.lower(polite)
         faulthandler.enable()
         gc.enable()
         code = 1

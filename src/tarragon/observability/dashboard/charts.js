@@ -125,10 +125,10 @@ export class Chart {
 
   markLines(marks) {
     const parts = [], taken = [];
-    for (const { time_s, worker_id, kind } of marks) {
+    for (const { number, time_s, worker_id, kind } of marks) {
       const x = this.x(time_s), row = taken[0] === undefined || x - taken[0] > 52 ? 0 : 1;
-      const line = { class: "mark", "data-kind": kind, x1: x, x2: x, y1: 14, y2: this.plot.clientHeight - MARGIN.bottom };
-      parts.push(svgEl("line", line));
+      const line = { x1: x, x2: x, y1: 14, y2: this.plot.clientHeight - MARGIN.bottom };
+      parts.push(svgEl("line", { class: "mark", "data-kind": kind, "data-event": number, ...line }));
       if (taken[row] === undefined || x - taken[row] > 52) {
         taken[row] = x;
         const side = x > this.plot.clientWidth - 60 ? "end" : "middle";

@@ -33,13 +33,13 @@ export function addEvents(events) {
 }
 
 // A death, and the return of who had died; not the first start of everybody.
-function mark({ kind, worker_id, epoch, time_s, text }) {
+function mark({ number, kind, worker_id, epoch, time_s, text }) {
   const death = deaths.get(worker_id);
   // A closed connection tells of a death first; how the process ended is known when it is reaped.
   if (kind === "exited" && death?.epoch === epoch) death.text = text;
   if (kind === "dead") died.add(worker_id), deaths.set(worker_id, { epoch, time_s, text });
   else if (kind !== "healthy" || !died.delete(worker_id)) return;
-  marks.push({ kind, worker_id, time_s });
+  marks.push({ number, kind, worker_id, time_s });
   marks = marks.slice(-KEPT);
 }
 
