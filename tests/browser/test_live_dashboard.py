@@ -3,46 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
-from tests.workload import SMALL_LAYERS, Answer, ask, differing, mixed_requests
+from playwright.sync_api import Page, expect
+from tests.workload import Answer, ask, differing, mixed_requests
 
 from tarragon.cluster import Cluster
-from tarragon.models.demo import ensure_demo_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 BACK_MS = 60_000
 
 
-@pytest.fixture(scope="module")
-def cluster(browser: Browser) -> Iterator[Cluster]:
-    """Only where there is a browser: a cluster takes its time."""
-    model = ensure_demo_model(layers=SMALL_LAYERS)
-    with Cluster(model, 2, 2, engine_args=("--max-model-len=1024",), kv_cache_bytes=256 << 20) as running:
-        yield running
-
-
-def test_a_worker_killed_in_the_page_dies_and_returns(page: Page, cluster: Cluster) -> None:
-    model = ensure_demo_model(layers=SMALL_LAYERS).name
+def test_a_worker_killed_in_the_page_dies_and_returns(page: Page, cluster: Cluster, model_name: str) -> None:
     bodies = mixed_requests(4, seed=3, vocabulary=40_000, long_tokens=100, output_tokens=400)
     # A thread, because the browser's driver has an event loop in this one.
     with ThreadPoolExecutor(1) as pool:
 
         def answers() -> Future[list[Answer]]:
-            return pool.submit(ask, cluster.url, model, bodies, concurrency=4)
+            return pool.submit(ask, cluster.url, model_name, bodies, concurrency=4)
 
         undisturbed = answers().result(120)
         disturbed = _kill_while(answers, page, cluster).result(120)
     assert differing(disturbed, undisturbed) == [], "the streams did not notice"
 
 
-def deaths(cluster: Cluster) -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = cluster.admin.request("GET", "/events")["events"]
-    return [event for event in events if event["kind"] == "dead"]
+def events(cluster: Cluster, kind: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = cluster.admin.request("GET", "/events")["events"]
+    return [event for event in found if event["kind"] == kind]
 
 
 def _kill_while(
@@ -54,6 +44,7 @@ def _kill_while(
     victim = page.locator('[data-id="ew-0"]')
     expect(victim).to_contain_text(f"pid{before}")
     expect(page.locator("#badges")).to_contain_text("full capacity")
+    known = events(cluster, "dead")
 
     disturbed = answers()
     expect(victim).to_contain_text(re.compile(r"[1-9][\d,.]* rows/s"))
@@ -61,12 +52,17 @@ def _kill_while(
     page.locator("#ask-yes").click()
     expect(victim).to_contain_text(re.compile(r"died at [\d:]+: .*SIGKILL"))
     expect(page.locator("#event-rows")).to_contain_text(re.compile("ew-0dead"))
-    assert [event["worker_id"] for event in deaths(cluster)] == ["ew-0"], deaths(cluster)
-    expect(page.locator("#throughput .mark[data-kind=dead]")).to_have_count(1)
+    [death] = [event for event in events(cluster, "dead") if event not in known]
+    assert death["worker_id"] == "ew-0"
+    expect(page.locator(f'#throughput .mark[data-kind=dead][data-event="{death["number"]}"]')).to_have_count(
+        1
+    )
 
     expect(victim).to_have_attribute("data-state", "healthy", timeout=BACK_MS)
     expect(victim).not_to_contain_text(f"pid{before}")
-    expect(page.locator("#throughput .mark[data-kind=healthy]")).to_have_count(1)
+    back = events(cluster, "healthy")[-1]
+    assert back["worker_id"] == "ew-0"
+    expect(page.locator(f'#throughput .mark[data-event="{back["number"]}"]')).to_have_count(1)
     expect(page.locator("#badges")).to_contain_text("full capacity", timeout=BACK_MS)
     assert cluster.pids()["ew-0"] != before
     return disturbed

@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import pytest
 from tests.cluster.observe import fresh, replaced
-from tests.streams import Reading, kinds, read_all, streamed_tokens, with_stops
+from tests.streams import Reading, read_all, streamed_tokens
+from tests.undisturbed import Undisturbed
 
 from tarragon.cluster import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
-TOKENS = 48
 FULL_CAPACITY_S = 120.0
-
-
-def bodies_of_every_kind(url: str, model: str) -> tuple[dict[str, dict[str, Any]], list[Reading]]:
-    """All kinds of requests, and what their readers get when nothing happens."""
-    rng = random.Random(5)
-    prefix = [rng.randrange(5, 40_000) for _ in range(400)]
-    bodies = kinds("Tell me a story about a lighthouse keeper who", prefix, TOKENS)
-    plain = read_all(url, model, list(bodies.values()))
-    stops = with_stops(bodies, plain)
-    return bodies | stops, plain + read_all(url, model, list(stops.values()))
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Any]:
-    """Filled by the first test that needs it: the answers do not depend on the cluster."""
-    return {}
-
-
-def undisturbed(
-    expected: dict[str, Any], cluster: Cluster, model: str
-) -> tuple[dict[str, Any], list[Reading]]:
-    if not expected:
-        bodies, readings = bodies_of_every_kind(cluster.url, model)
-        expected["both"] = bodies, readings
-    both: tuple[dict[str, Any], list[Reading]] = expected["both"]
-    return both
 
 
 class Once:
@@ -67,8 +39,8 @@ class Once:
         assert not self._thread.is_alive(), "the kill is not answered"
 
 
-def assert_same(bodies: dict[str, Any], got: list[Reading], wanted: list[Reading]) -> None:
-    for name, reading, other in zip(bodies, got, wanted, strict=True):
+def assert_same(names: Iterable[str], got: list[Reading], wanted: list[Reading]) -> None:
+    for name, reading, other in zip(names, got, wanted, strict=True):
         assert reading == other, name
 
 
@@ -78,9 +50,9 @@ def assert_same(bodies: dict[str, Any], got: list[Reading], wanted: list[Reading
     ids=["first tokens", "middle", "last tokens"],
 )
 def test_a_killed_attention_worker_changes_no_stream(
-    cluster: Cluster, model_name: str, expected: dict[str, Any], victim: str, share: float
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed, victim: str, share: float
 ) -> None:
-    bodies, wanted = undisturbed(expected, cluster, model_name)
+    bodies, wanted = undisturbed.of_every_kind(cluster, model_name)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = cluster.pids()
     moment = max(1, int(share * streamed_tokens(bodies.values(), wanted)))
@@ -94,9 +66,9 @@ def test_a_killed_attention_worker_changes_no_stream(
 
 
 def test_requests_are_restored_from_the_checkpoint(
-    cluster: Cluster, model_name: str, expected: dict[str, Any]
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed
 ) -> None:
-    every, readings = undisturbed(expected, cluster, model_name)
+    every, readings = undisturbed.of_every_kind(cluster, model_name)
     # Of one weight, so that both workers have some all the time.
     names = [name for name in ("greedy", "seeded", "penalties", "three", "logprobs") if name in every]
     bodies = {name: every[name] for name in names}
@@ -117,9 +89,9 @@ def test_requests_are_restored_from_the_checkpoint(
 
 
 def test_a_stopped_attention_worker_that_wakes_does_no_harm(
-    cluster: Cluster, model_name: str, expected: dict[str, Any]
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed
 ) -> None:
-    bodies, wanted = undisturbed(expected, cluster, model_name)
+    bodies, wanted = undisturbed.of_every_kind(cluster, model_name)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = cluster.pids()
     fault = Once(lambda: cluster.kill("aw-0", "SIGSTOP"), 200)
@@ -129,8 +101,8 @@ def test_a_stopped_attention_worker_that_wakes_does_no_harm(
     replaced(cluster, pids, "aw-0")
 
 
-def test_both_roles_at_once(cluster: Cluster, model_name: str, expected: dict[str, Any]) -> None:
-    bodies, wanted = undisturbed(expected, cluster, model_name)
+def test_both_roles_at_once(cluster: Cluster, model_name: str, undisturbed: Undisturbed) -> None:
+    bodies, wanted = undisturbed.of_every_kind(cluster, model_name)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = cluster.pids()
 
@@ -146,9 +118,9 @@ def test_both_roles_at_once(cluster: Cluster, model_name: str, expected: dict[st
 
 
 def test_a_drained_attention_worker_hands_its_streams_over(
-    cluster: Cluster, model_name: str, expected: dict[str, Any]
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed
 ) -> None:
-    bodies, wanted = undisturbed(expected, cluster, model_name)
+    bodies, wanted = undisturbed.of_every_kind(cluster, model_name)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     order = Once(lambda: cluster.drain("aw-1"), 200)
     got = read_all(cluster.url, model_name, list(bodies.values()), order)

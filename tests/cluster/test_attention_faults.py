@@ -13,10 +13,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tests.cluster.conftest import Clusters
 from tests.cluster.observe import fresh, replaced
 from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same
-from tests.streams import kinds, read_all
+from tests.pool import Clusters
+from tests.streams import Reading, kinds, read_all
+from tests.undisturbed import Undisturbed
 from tests.workload import mixed_requests
 
 from tarragon.cluster import Cluster
@@ -42,9 +43,11 @@ def bucket_files(cluster: Cluster) -> list[Path]:
     return [entry for entry in folder.iterdir() if "tarragon-bucket" in os.readlink(entry)]
 
 
-def test_a_damaged_checkpoint_is_found_and_computed_anew(cluster: Cluster, model_name: str) -> None:
-    asked = bodies(200, EVEN)
-    wanted = read_all(cluster.url, model_name, list(asked.values()))
+def test_a_damaged_checkpoint_is_found_and_computed_anew(
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed
+) -> None:
+    asked = bodies(120, EVEN)
+    wanted = undisturbed.readings(cluster, model_name, list(asked.values()))
     cluster.wait_for("protected", FULL_CAPACITY_S)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = cluster.pids()
@@ -69,42 +72,54 @@ def test_a_damaged_checkpoint_is_found_and_computed_anew(cluster: Cluster, model
     assert fresh(cluster, "aw-1")["aw-1"]["restore_corrupt"] > before["restore_corrupt"]
 
 
+CROWD = mixed_requests(12, seed=21, vocabulary=40_000, long_tokens=200, output_tokens=48)
+
+
 def assert_nobody_notices_a_death(
-    cluster: Cluster, model: str, asked: list[dict[str, Any]], victim: str, at: int
+    cluster: Cluster,
+    model: str,
+    asked: list[dict[str, Any]],
+    wanted: list[Reading],
+    victim: str,
+    at: int,
 ) -> None:
-    """All at once, with a kill when they have brought so many tokens, get what they get one by one."""
-    wanted = [read_all(cluster.url, model, [body])[0] for body in asked]
+    """With a kill when they have brought so many tokens, requests get what they get where there is room."""
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = cluster.pids()
     fault = Once(lambda: cluster.kill(victim), at)
     got = read_all(cluster.url, model, asked, fault)
     fault.join()
-    assert_same({str(number): body for number, body in enumerate(asked)}, got, wanted)
+    assert_same([str(number) for number in range(len(asked))], got, wanted)
     replaced(cluster, pids, victim)
 
 
-def test_preemption_under_a_small_cache(clusters: Clusters, model_name: str) -> None:
-    small = clusters.get(2, 2, "--block-size=32", kv_cache_bytes=4 << 20)
-    asked = mixed_requests(12, seed=21, vocabulary=40_000, long_tokens=200, output_tokens=64)
-    assert_nobody_notices_a_death(small, model_name, asked, "aw-0", at=200)
+LITTLE_ROOM = ("--block-size=32", "--max-model-len=1024")
+
+
+def test_preemption_under_a_small_cache(
+    cluster: Cluster, clusters: Clusters, model_name: str, undisturbed: Undisturbed
+) -> None:
+    wanted = undisturbed.readings(cluster, model_name, CROWD)
+    small = clusters.get(2, 2, *LITTLE_ROOM, kv_cache_bytes=4 << 20)
+    assert_nobody_notices_a_death(small, model_name, CROWD, wanted, "aw-0", at=200)
 
 
 def test_a_small_store_makes_requests_wait_and_protects_what_runs(
-    clusters: Clusters, model_name: str
+    cluster: Cluster, clusters: Clusters, model_name: str, undisturbed: Undisturbed
 ) -> None:
-    tight = clusters.get(2, 2, "--block-size=32", checkpoint_bytes_max=24 << 20)
+    wanted = undisturbed.readings(cluster, model_name, CROWD)
+    tight = clusters.get(2, 2, *LITTLE_ROOM, checkpoint_bytes_max=24 << 20)
     assert tight.wait_for("protected", FULL_CAPACITY_S)["protected"]
-    asked = mixed_requests(10, seed=22, vocabulary=40_000, long_tokens=200, output_tokens=48)
-    assert_nobody_notices_a_death(tight, model_name, asked, "aw-1", at=150)
+    assert_nobody_notices_a_death(tight, model_name, CROWD, wanted, "aw-1", at=150)
     assert tight.wait_for("protected", FULL_CAPACITY_S)["protected"], "the replacement found no room"
 
 
 def test_a_second_attention_worker_dies_while_the_first_ones_requests_are_restored(
-    clusters: Clusters, model_name: str
+    clusters: Clusters, model_name: str, undisturbed: Undisturbed
 ) -> None:
     three = clusters.get(3, 2)
     asked = bodies()
-    wanted = read_all(three.url, model_name, list(asked.values()))
+    wanted = undisturbed.readings(three, model_name, list(asked.values()))
     three.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = three.pids()
 
@@ -120,9 +135,11 @@ def test_a_second_attention_worker_dies_while_the_first_ones_requests_are_restor
     replaced(three, pids, "aw-0", "aw-1")
 
 
-def test_a_client_that_leaves_in_mid_failover(cluster: Cluster, model_name: str) -> None:
+def test_a_client_that_leaves_in_mid_failover(
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed
+) -> None:
     asked = bodies()
-    wanted = read_all(cluster.url, model_name, list(asked.values()))
+    wanted = undisturbed.readings(cluster, model_name, list(asked.values()))
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = cluster.pids()
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any
 
 import pytest
 from tests.cluster.observe import replaced
-from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same, bodies_of_every_kind
-from tests.streams import Reading, read_all, streamed_tokens
+from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same
+from tests.streams import read_all, streamed_tokens
+from tests.undisturbed import Undisturbed
 
 from tarragon.cluster import Cluster
 
@@ -24,19 +24,11 @@ ROUND_TIMEOUT_S = 300
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(ROUND_TIMEOUT_S)]
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Any]:
-    return {}
-
-
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_a_fault_at_a_random_moment_changes_no_stream(
-    cluster: Cluster, model_name: str, expected: dict[str, Any], number: int
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed, number: int
 ) -> None:
-    if not expected:
-        expected["bodies"], expected["readings"] = bodies_of_every_kind(cluster.url, model_name)
-    bodies: dict[str, dict[str, Any]] = expected["bodies"]
-    wanted: list[Reading] = expected["readings"]
+    bodies, wanted = undisturbed.of_every_kind(cluster, model_name)
     rng = random.Random(SEED * 1_000 + number)
     victim = rng.choice(["aw-0", "aw-1", "aw-0", "aw-1", "ew-0", "ew-1"])
     signal = rng.choice(["SIGKILL", "SIGKILL", "SIGKILL", "SIGSTOP"])

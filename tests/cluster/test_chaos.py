@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.pool import CONTEXT_TOKENS
 
 from tarragon.admin import AdminError
 from tarragon.cluster import Cluster
@@ -20,7 +21,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 IN_TURN = ("ew-0", "aw-0", "store", "orchestrator", "ew-1", "aw-1")
 """All but the gateway, whose streams end with it, and the node agent, which is the service."""
-CONTEXT_TOKENS = 4_096
 PROMPT = "The lighthouse keeper wrote in his diary:"
 BACK_S = 120.0
 AGAIN_S = 300.0
@@ -94,8 +94,7 @@ def is_open(cluster: Cluster) -> bool:
         return False
 
 
-def test_every_process_but_the_gateway_is_killed_in_turn(clusters: Any, model_name: str) -> None:
-    cluster: Cluster = clusters.get(2, 2, f"--max-model-len={CONTEXT_TOKENS}")
+def test_every_process_but_the_gateway_is_killed_in_turn(cluster: Cluster, model_name: str) -> None:
     cluster.wait_for("protected", BACK_S)
     reader = Reader(cluster.url, model_name, CONTEXT_TOKENS - 100)
     reader.start()

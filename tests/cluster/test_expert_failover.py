@@ -6,8 +6,9 @@ import threading
 import time
 
 import pytest
-from tests.cluster.conftest import Clusters
 from tests.cluster.observe import fresh, replaced
+from tests.pool import Clusters
+from tests.undisturbed import Undisturbed
 from tests.workload import SMALL_LAYERS, Answer, ask, differing, mixed_requests
 
 from tarragon.cluster import Cluster
@@ -18,9 +19,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("victim", ["ew-0", "ew-1"])
-def test_a_killed_expert_worker_changes_no_stream(cluster: Cluster, model_name: str, victim: str) -> None:
+def test_a_killed_expert_worker_changes_no_stream(
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed, victim: str
+) -> None:
     bodies = mixed_requests(8, seed=5, vocabulary=40_000, long_tokens=300, output_tokens=96)
-    undisturbed = ask(cluster.url, model_name, bodies, concurrency=8)
+    wanted = undisturbed.answers(cluster, model_name, bodies)
     cluster.wait_for("full_capacity", 120)
     pids = cluster.pids()
     before = fresh(cluster, victim, "aw-0", "aw-1")
@@ -35,7 +38,7 @@ def test_a_killed_expert_worker_changes_no_stream(cluster: Cluster, model_name: 
     reader.join(timeout=180)
 
     assert not reader.is_alive()
-    assert differing(disturbed, undisturbed) == []
+    assert differing(disturbed, wanted) == []
     replaced(cluster, pids, victim)
     after = fresh(cluster, "aw-0", "aw-1")
     met = [worker for worker, found in after.items() if found["links_lost"] > before[worker]["links_lost"]]
@@ -53,13 +56,15 @@ def _wait_until_it_works(cluster: Cluster, worker_id: str, before: dict[str, flo
         time.sleep(0.02)
 
 
-def test_a_budget_that_covers_half_of_the_experts(clusters: Clusters, model_name: str) -> None:
+def test_a_budget_that_covers_half_of_the_experts(
+    clusters: Clusters, model_name: str, undisturbed: Undisturbed
+) -> None:
     """Shadows for the most used; an uncovered expert is loaded by a survivor while its rows wait (5.3)."""
     shape = read_model(ensure_demo_model(layers=SMALL_LAYERS))
     primaries = shape.experts_total * shape.expert_bytes // 3
     tight = clusters.get(2, 3, expert_memory_bytes_max=int(1.55 * primaries))
     bodies = mixed_requests(8, seed=6, vocabulary=40_000, long_tokens=200, output_tokens=96)
-    undisturbed = ask(tight.url, model_name, bodies, concurrency=8)
+    wanted = undisturbed.answers(tight, model_name, bodies)
     experts = tight.wait_for("full_capacity", 120)["experts"]
     assert 0 < experts["with_shadow"] < experts["total"], experts
     pids = tight.pids()
@@ -75,5 +80,5 @@ def test_a_budget_that_covers_half_of_the_experts(clusters: Clusters, model_name
     reader.join(timeout=180)
 
     assert not reader.is_alive()
-    assert differing(disturbed, undisturbed) == []
+    assert differing(disturbed, wanted) == []
     assert replaced(tight, pids, "ew-1")["experts"]["unreachable"] == 0

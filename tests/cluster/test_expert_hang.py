@@ -15,8 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.cluster.conftest import Clusters
 from tests.cluster.observe import fresh, replaced
+from tests.pool import Clusters
+from tests.undisturbed import Undisturbed
 from tests.workload import Answer, ask, differing, mixed_requests
 
 from tarragon.cluster import Cluster
@@ -24,7 +25,6 @@ from tarragon.cluster import Cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 BODIES = mixed_requests(8, seed=11, vocabulary=40_000, long_tokens=300, output_tokens=96)
-UNDISTURBED: list[Answer] = []
 _PIDFD_GETFD = 438
 
 
@@ -35,11 +35,9 @@ def cluster(clusters: Clusters) -> Cluster:
 
 
 @pytest.fixture
-def undisturbed(cluster: Cluster, model_name: str) -> list[Answer]:
-    """What BODIES are answered when nothing happens; asked once."""
-    if not UNDISTURBED:
-        UNDISTURBED.extend(ask(cluster.url, model_name, BODIES, concurrency=8))
-    return UNDISTURBED
+def wanted(cluster: Cluster, model_name: str, undisturbed: Undisturbed) -> list[Answer]:
+    """What BODIES are answered when nothing happens."""
+    return undisturbed.answers(cluster, model_name, BODIES)
 
 
 def worker(cluster: Cluster, worker_id: str) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def is_gone(pid: int) -> bool:
 
 
 def test_a_stopped_expert_worker_changes_no_stream_and_its_return_does_no_harm(
-    cluster: Cluster, model_name: str, undisturbed: list[Answer]
+    cluster: Cluster, model_name: str, wanted: list[Answer]
 ) -> None:
     before = worker(cluster, "ew-1")
     with under_load(cluster, model_name, "ew-1") as answers:
@@ -93,11 +91,11 @@ def test_a_stopped_expert_worker_changes_no_stream_and_its_return_does_no_harm(
         # It wakes while the others go on with what it had: its epoch is stale, and nobody listens to it.
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(before["pid"]), signal.SIGCONT)
-    assert differing(answers, undisturbed) == []
+    assert differing(answers, wanted) == []
     assert any("unanswered" in cause for cause in events(cluster, "ew-1", "dead")), "no probe found it"
     cluster.wait_for("full_capacity", 120)
     wait_until("the old process is still there", lambda: is_gone(int(before["pid"])), 15)
-    assert differing(ask(cluster.url, model_name, BODIES, concurrency=8), undisturbed) == []
+    assert differing(ask(cluster.url, model_name, BODIES, concurrency=8), wanted) == []
 
 
 def cut(one_pid: int, other_pid: int) -> int:
@@ -123,7 +121,7 @@ def cut(one_pid: int, other_pid: int) -> int:
 
 
 def test_a_cut_link_is_the_matter_of_its_two_ends(
-    cluster: Cluster, model_name: str, undisturbed: list[Answer]
+    cluster: Cluster, model_name: str, wanted: list[Answer]
 ) -> None:
     cluster.wait_for("full_capacity", 120)
     before = {entry["id"]: (entry["pid"], entry["epoch"]) for entry in cluster.status()["workers"]}
@@ -131,7 +129,7 @@ def test_a_cut_link_is_the_matter_of_its_two_ends(
     lost = fresh(cluster, "aw-0")["aw-0"]["links_lost"]
     with under_load(cluster, model_name, "ew-2") as answers:
         assert cut(before["ew-2"][0], before["aw-0"][0]) == 2, "the data link and the probes"
-    assert differing(answers, undisturbed) == []
+    assert differing(answers, wanted) == []
     wait_until("no link was lost", lambda: worker(cluster, "aw-0")["counters"]["links_lost"] == lost + 1)
     # Both attention workers and the orchestrator: the two ends have found each other again.
     wait_until("they stay apart", lambda: worker(cluster, "ew-2")["counters"]["probe_channels"] == 3)
@@ -141,7 +139,7 @@ def test_a_cut_link_is_the_matter_of_its_two_ends(
 
 
 def test_two_expert_workers_killed_one_after_the_other_change_no_stream(
-    cluster: Cluster, model_name: str, undisturbed: list[Answer]
+    cluster: Cluster, model_name: str, wanted: list[Answer]
 ) -> None:
     cluster.wait_for("full_capacity", 120)
     pids = cluster.pids()
@@ -149,7 +147,7 @@ def test_two_expert_workers_killed_one_after_the_other_change_no_stream(
         cluster.kill("ew-0")
         time.sleep(0.3)  # the first is being replaced
         cluster.kill("ew-2")
-    assert differing(answers, undisturbed) == []
+    assert differing(answers, wanted) == []
     replaced(cluster, pids, "ew-0", "ew-2")
 
 
@@ -163,10 +161,10 @@ def test_one_that_hangs_without_traffic_is_found_and_replaced(cluster: Cluster, 
 
 
 def test_the_last_replica_lost_is_a_503_after_the_limit_and_later_requests_are_served(
-    clusters: Clusters, model_name: str
+    clusters: Clusters, model_name: str, undisturbed: Undisturbed
 ) -> None:
     alone = clusters.get(1, 1, failpoints=True, expert_unreachable_timeout_s=0.05, link_retry_ms=100.0)
-    undisturbed = ask(alone.url, model_name, BODIES[:4], concurrency=4)
+    wanted = undisturbed.answers(alone, model_name, BODIES[:4])
     pids = alone.pids()
     body = {"model": model_name, "prompt": "Once upon a time", "max_tokens": 300, "ignore_eos": True}
     alone.admin.inject("ew-0", "before-batch", 100)  # of about 1200: surely in the middle of the request
@@ -186,4 +184,4 @@ def test_the_last_replica_lost_is_a_503_after_the_limit_and_later_requests_are_s
     )
     wait_until("later requests are not served", lambda: post(max_tokens=1).status_code == 200)
     assert worker(alone, "aw-0")["pid"] == pids["aw-0"], "the attention worker died of it"
-    assert differing(ask(alone.url, model_name, BODIES[:4], concurrency=4), undisturbed) == []
+    assert differing(ask(alone.url, model_name, BODIES[:4], concurrency=4), wanted) == []

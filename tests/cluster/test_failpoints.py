@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from tests.cluster.test_attention_failover import FULL_CAPACITY_S, assert_same, bodies_of_every_kind
-from tests.streams import Reading, read_all
+from tests.cluster.test_attention_failover import FULL_CAPACITY_S, assert_same
+from tests.pool import Clusters
+from tests.streams import read_all
+from tests.undisturbed import Undisturbed
 
 from tarragon.admin import AdminError
 from tarragon.cluster import Cluster
@@ -15,24 +15,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def armed(clusters: Any) -> Cluster:
+def armed(clusters: Clusters) -> Cluster:
     """A cluster whose workers may be told where to die."""
-    cluster: Cluster = clusters.get(2, 2, failpoints=True)
-    return cluster
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Any]:
-    return {}
-
-
-def undisturbed(
-    expected: dict[str, Any], cluster: Cluster, model: str
-) -> tuple[dict[str, dict[str, Any]], list[Reading]]:
-    if not expected:
-        expected["both"] = bodies_of_every_kind(cluster.url, model)
-    both: tuple[dict[str, dict[str, Any]], list[Reading]] = expected["both"]
-    return both
+    return clusters.get(2, 2, failpoints=True)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +33,9 @@ def undisturbed(
     ],
 )
 def test_a_death_at_a_named_place_changes_no_stream(
-    armed: Cluster, model_name: str, expected: dict[str, Any], victim: str, failpoint: str, after: int
+    armed: Cluster, model_name: str, undisturbed: Undisturbed, victim: str, failpoint: str, after: int
 ) -> None:
-    bodies, wanted = undisturbed(expected, armed, model_name)
+    bodies, wanted = undisturbed.of_every_kind(armed, model_name)
     armed.wait_for("full_capacity", FULL_CAPACITY_S)
     pid = armed.pids()[victim]
     armed.admin.inject(victim, failpoint, after)
@@ -64,10 +49,10 @@ def test_a_death_at_a_named_place_changes_no_stream(
 
 
 def test_a_worker_that_dies_while_it_restores_anothers_requests(
-    armed: Cluster, model_name: str, expected: dict[str, Any]
+    armed: Cluster, model_name: str, undisturbed: Undisturbed
 ) -> None:
     """Then both attention workers are gone, and their replacements restore from both buckets."""
-    bodies, wanted = undisturbed(expected, armed, model_name)
+    bodies, wanted = undisturbed.of_every_kind(armed, model_name)
     armed.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = armed.pids()
     armed.admin.inject("aw-0", "restore")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import requests
-from tests.cluster.conftest import Clusters
+from tests.pool import Clusters
 
 from tarragon.cluster import Cluster
 

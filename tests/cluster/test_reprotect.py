@@ -9,13 +9,14 @@ import pytest
 from tests.cluster.observe import fresh, replaced
 from tests.cluster.test_attention_failover import FULL_CAPACITY_S, assert_same
 from tests.streams import kinds, read_all
+from tests.undisturbed import Undisturbed
 
 from tarragon.cluster import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 PROTECTED_S = 60.0
-TOKENS = 400
+TOKENS = 300
 BODIES = {
     name: body
     for name, body in kinds("The lighthouse keeper", list(range(100, 300)), TOKENS).items()
@@ -30,8 +31,10 @@ def until_protected_is(cluster: Cluster, wanted: bool) -> None:
         time.sleep(0.05)
 
 
-def test_what_ran_without_checkpoints_is_protected_again(cluster: Cluster, model_name: str) -> None:
-    wanted = read_all(cluster.url, model_name, list(BODIES.values()))
+def test_what_ran_without_checkpoints_is_protected_again(
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed
+) -> None:
+    wanted = undisturbed.readings(cluster, model_name, list(BODIES.values()))
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = cluster.pids()
     before = fresh(cluster, "aw-1")["aw-1"]  # the survivor: what the victim has counted goes with it

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.cluster.observe import fresh
 from tests.streams import Reading, kinds, read_all
+from tests.undisturbed import Undisturbed
 
 from tarragon.cluster import Cluster
 
@@ -80,9 +81,11 @@ def reported_by_store(cluster: Cluster) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
-def test_a_store_that_dies_or_hangs_stops_no_stream(cluster: Cluster, model_name: str, number: str) -> None:
+def test_a_store_that_dies_or_hangs_stops_no_stream(
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed, number: str
+) -> None:
     before = whole(cluster)
-    wanted = read_all(cluster.url, model_name, BODIES)
+    wanted = undisturbed.readings(cluster, model_name, BODIES)
     store_pid = of(before, "store")["pid"]
     assert read_while(cluster, model_name, lambda: cluster.kill("store", number)) == wanted
     after = whole_with_another(cluster, "store", store_pid)
@@ -96,9 +99,11 @@ def test_a_store_that_dies_or_hangs_stops_no_stream(cluster: Cluster, model_name
     whole(cluster)  # by reports from after it: the attention workers have found the new store
 
 
-def test_an_attention_worker_killed_after_the_store_loses_nothing(cluster: Cluster, model_name: str) -> None:
+def test_an_attention_worker_killed_after_the_store_loses_nothing(
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed
+) -> None:
     before = whole(cluster)
-    wanted = read_all(cluster.url, model_name, BODIES)
+    wanted = undisturbed.readings(cluster, model_name, BODIES)
 
     def act() -> None:
         cluster.kill("store")
@@ -109,10 +114,10 @@ def test_an_attention_worker_killed_after_the_store_loses_nothing(cluster: Clust
 
 
 def test_the_orchestrators_death_costs_nothing_and_it_learns_from_the_workers(
-    cluster: Cluster, model_name: str
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed
 ) -> None:
     before = whole(cluster)
-    wanted = read_all(cluster.url, model_name, BODIES)
+    wanted = undisturbed.readings(cluster, model_name, BODIES)
     pid = of(before, "orchestrator")["pid"]
     assert read_while(cluster, model_name, lambda: os.kill(pid, signal.SIGKILL)) == wanted
     after = whole_with_another(cluster, "orchestrator", pid)
@@ -130,10 +135,10 @@ def test_the_orchestrators_death_costs_nothing_and_it_learns_from_the_workers(
 
 
 def test_a_worker_that_dies_while_there_is_no_orchestrator_is_replaced_afterwards(
-    cluster: Cluster, model_name: str
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed
 ) -> None:
     before = whole(cluster)
-    wanted = read_all(cluster.url, model_name, BODIES)
+    wanted = undisturbed.readings(cluster, model_name, BODIES)
     pids = {i: pid for i, (pid, _) in workers(before).items()}
 
     def act() -> None:
@@ -146,9 +151,9 @@ def test_a_worker_that_dies_while_there_is_no_orchestrator_is_replaced_afterward
     assert {i: who for i, who in workers(after).items() if i in others} == others
 
 
-def test_a_hung_orchestrator_is_replaced(cluster: Cluster, model_name: str) -> None:
+def test_a_hung_orchestrator_is_replaced(cluster: Cluster, model_name: str, undisturbed: Undisturbed) -> None:
     before = whole(cluster)
-    wanted = read_all(cluster.url, model_name, BODIES)
+    wanted = undisturbed.readings(cluster, model_name, BODIES)
     pid = of(before, "orchestrator")["pid"]
     assert read_while(cluster, model_name, lambda: os.kill(pid, signal.SIGSTOP)) == wanted
     after = whole_with_another(cluster, "orchestrator", pid)

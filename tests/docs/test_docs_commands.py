@@ -17,8 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import httpx
 import pytest
 import typer
 from tests.docs_pages import PAGES, ROOT, Command, all_commands, inline_code, name_of
+from tests.pool import Clusters
 from tests.workload import SMALL_LAYERS
 
 from tarragon import cli
@@ -202,20 +202,12 @@ def test_flags_in_the_text_exist(page: Path) -> None:
 # ------------------------------------------------------------------ a real cluster
 
 
-@pytest.fixture(scope="module")
-def shared(model: Path) -> Iterator[Cluster]:
-    """One cluster for all commands, whose workers may be told where to die."""
-    with Cluster(
-        model, 2, 2, engine_args=("--max-model-len=1024",), kv_cache_bytes=256 << 20, failpoints=True
-    ) as running:
-        yield running
-
-
 @pytest.fixture
-def cluster(shared: Cluster) -> Cluster:
-    """The same, with all that it began with."""
-    until(lambda: make_whole(shared), "the cluster did not become whole again", WHOLE_TIMEOUT_S)
-    return shared
+def cluster(clusters: Clusters) -> Cluster:
+    """One whose workers may be told where to die, and which takes requests."""
+    running = clusters.get(2, 2, failpoints=True)
+    until(lambda: is_open(running), "the gateway takes no requests", WHOLE_TIMEOUT_S)
+    return running
 
 
 def until(done: Callable[[], bool], what: str, timeout_s: float) -> None:
@@ -229,19 +221,7 @@ def until(done: Callable[[], bool], what: str, timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def make_whole(cluster: Cluster) -> bool:
-    """Bring back what commands have added or taken away; whether nothing is missing any more."""
-    status = cluster.status()
-    if not status["full_capacity"] or any(worker["state"] != "healthy" for worker in status["workers"]):
-        return False
-    counts = Counter(worker["role"] for worker in status["workers"])
-    for role in ("attention", "expert"):
-        if counts[role] < 2:
-            cluster.add(role)
-            return False
-        if counts[role] > 2:
-            cluster.drain(max(worker["id"] for worker in status["workers"] if worker["role"] == role))
-            return False
+def is_open(cluster: Cluster) -> bool:
     return httpx.get(f"{cluster.url}/health").status_code == 200
 
 
