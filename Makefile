@@ -22,7 +22,7 @@ demo: setup
 
 # Starting processes and waiting for deaths leaves cores idle: test files run side by side.
 test: setup
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # What `make test` runs a small part of, at full size; the results stay in build/campaign.
 KINDS := mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v2 deepseek_v3

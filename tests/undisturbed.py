@@ -13,7 +13,7 @@ from tarragon.cluster import Cluster
 from tests.streams import Reading, kinds, read_all, with_stops
 from tests.workload import Answer, ask
 
-TOKENS = 48
+TOKENS = 40
 PREFIX_TOKENS = 400
 
 

@@ -18,7 +18,7 @@ BACK_MS = 60_000
 
 
 def test_a_worker_killed_in_the_page_dies_and_returns(page: Page, cluster: Cluster, model_name: str) -> None:
-    bodies = mixed_requests(4, seed=3, vocabulary=40_000, long_tokens=100, output_tokens=400)
+    bodies = mixed_requests(4, seed=3, vocabulary=40_000, long_tokens=100, output_tokens=250)
     # A thread, because the browser's driver has an event loop in this one.
     with ThreadPoolExecutor(1) as pool:
 

@@ -9,6 +9,7 @@ import pytest
 from tests.cluster.observe import replaced
 from tests.cluster.test_attention_failover import Once, assert_same
 from tests.cluster.test_same_text import assert_all_took_part
+from tests.pool import resize
 from tests.streams import Reading, read_all
 from tests.workload import mixed_requests, random_checkpoint
 
@@ -17,17 +18,12 @@ from tarragon.cluster import Cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 KINDS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3")
-"""GPT-OSS brings sliding windows, attention sinks and expert biases,
-DeepSeek latent attention, a dense first layer, shared experts and grouped top-k."""
+"""GPT-OSS brings sliding windows, attention sinks and expert biases, DeepSeek latent attention, a dense first
+layer, shared experts and grouped top-k."""
 LONG_TOKENS = 1_500
 FLAGS = ("--max-num-batched-tokens=512", "--max-model-len=2048")
 OUTPUT_TOKENS = 12
 REQUESTS = 10
-
-
-ELSEWHERE: dict[str, dict[str, int]] = {"mixtral": {}, "deepseek_v3": {"attention_threads": 2}}
-"""Served by 1 + 1 workers as well, with these settings. Kernels of latent attention add up in another order
-with more threads, which a smaller cluster would use."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,14 +40,12 @@ def test_the_same_tokens_alone_in_company_elsewhere_and_after_deaths(kind: str, 
         alone = [read_all(cluster.url, folder.name, [body])[0] for body in bodies]
         assert_all_took_part(cluster, {})
         assert_nobody_notices_deaths(cluster, folder.name, bodies, together)
+        resize(cluster, {"attention": 1, "expert": 1})
+        elsewhere = read_all(cluster.url, folder.name, bodies)
     names = [str(number) for number in range(REQUESTS)]
     assert_same(names, together, alone)
     assert all(len(tokens) == OUTPUT_TOKENS for reading in alone for tokens in reading.tokens.values())
-    if kind in ELSEWHERE:
-        settings = {"kv_cache_bytes": 256 << 20, **ELSEWHERE[kind]}
-        with Cluster(folder, 1, 1, engine_args=FLAGS, **settings) as smaller:
-            elsewhere = read_all(smaller.url, folder.name, bodies)
-        assert_same(names, together, elsewhere)
+    assert_same(names, together, elsewhere)
 
 
 def assert_nobody_notices_deaths(

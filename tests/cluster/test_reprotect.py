@@ -20,7 +20,7 @@ TOKENS = 300
 BODIES = {
     name: body
     for name, body in kinds("The lighthouse keeper", list(range(100, 300)), TOKENS).items()
-    if name in ("greedy", "seeded", "three")
+    if name in ("greedy", "three")
 }
 
 

@@ -18,7 +18,7 @@ from tarragon.tracing import ATTEMPT_SPAN, REQUEST_SPAN
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-TOKENS = 600
+TOKENS = 250
 KILL_AT = 40
 FULL_CAPACITY_S = 120.0
 
