@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -83,13 +84,10 @@ def picture_all(cluster: Cluster, browser: Browser) -> None:
         save(name, page.screenshot())
         context.close()
     page = browser.new_page(viewport={"width": 1160, "height": 900}, device_scale_factor=1)
-    drawing: list[str] = []
-    # The browser's driver has an event loop in this thread.
-    thread = threading.Thread(target=lambda: drawing.append(asyncio.run(draw_top(cluster))))
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as other:  # the browser's driver has an event loop in this thread
+        drawing = other.submit(asyncio.run, draw_top(cluster)).result()
     # Textual names a font of the web; whatever monospaced one there is will do.
-    page.set_content(re.sub(r"@font-face\s*\{.*?\}", "", drawing[0], flags=re.S))
+    page.set_content(re.sub(r"@font-face\s*\{.*?\}", "", drawing, flags=re.S))
     save("top", page.locator("svg").screenshot())
 
 
@@ -103,16 +101,16 @@ async def draw_top(cluster: Cluster) -> str:
                 await pilot.pause(0.1)
             workers.move_cursor(row=workers.get_row_index("ew-0"))
             await pilot.press("k", "y")
-            while "dead" not in _log(app):
+            while not any("ew-0" in line and "dead" in line for line in _log(app)):
                 await pilot.pause(0.1)
             await pilot.pause(0.5)
             return app.export_screenshot()
 
 
-def _log(app: Top) -> str:
+def _log(app: Top) -> list[str]:
     from textual.widgets import RichLog
 
-    return "\n".join(line.text for line in app.query_one("#log", RichLog).lines[-6:])
+    return [line.text for line in app.query_one("#log", RichLog).lines]
 
 
 def _read(url: str, over: threading.Event) -> None:

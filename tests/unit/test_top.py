@@ -142,6 +142,21 @@ def test_a_refused_command_and_an_absent_orchestrator_are_said() -> None:
     drive(test)
 
 
+def test_answers_that_come_while_it_ends_harm_nobody() -> None:
+    """Its widgets go before the thread that asks does."""
+
+    async def test(app: Top, pilot: Pilot[None], recorded: Recorded, admin: FakeAdmin) -> None:
+        await select(app, pilot, "aw-1")
+        await app.screen.query("*").remove()
+        app.poll()
+        await app.workers.wait_for_complete()
+        admin.absent = True
+        app.poll()
+        await app.workers.wait_for_complete()
+
+    drive(test)
+
+
 async def select(app: Top, pilot: Pilot[None], worker_id: str) -> None:
     table = app.query_one("#workers", DataTable)
     table.move_cursor(row=table.get_row_index(worker_id))

@@ -113,7 +113,8 @@ class Top(App[None]):
             self.call_from_thread(self._show, events)
 
     def _absent(self, why: str) -> None:
-        self.query_one("#summary", Static).update(Text(f"{why}: asking again", style="bold red"))
+        if self._has_widgets:
+            self.query_one("#summary", Static).update(Text(f"{why}: asking again", style="bold red"))
 
     @work(thread=True, group="command")
     def _command(self, what: Callable[[], dict[str, Any]], done: str) -> None:
@@ -127,6 +128,8 @@ class Top(App[None]):
     # ------------------------------------------------------------------ showing
 
     def _show(self, events: list[dict[str, Any]]) -> None:
+        if not self._has_widgets:
+            return
         self.query_one("#summary", Static).update(summary(self._poller.status))
         self._show_workers()
         self._show_sparks()
@@ -134,6 +137,11 @@ class Top(App[None]):
         log = self.query_one("#log", RichLog)
         for event in events:
             log.write(event_line(event))
+
+    @property
+    def _has_widgets(self) -> bool:
+        """False once it ends: an answer may still come then."""
+        return bool(self.query("#summary"))
 
     def _show_workers(self) -> None:
         table = self.query_one("#workers", DataTable)
