@@ -20,7 +20,8 @@ $(STAMP): requirements.lock requirements-engine.lock pyproject.toml
 demo: setup
 	$(BIN)/tarragon demo
 
-# Starting processes and waiting for deaths leaves cores idle: test files run side by side.
+# Starting processes and waiting for deaths leaves cores idle: test files run side by side, in the order of
+# their folders, so that the short ones come last and no core ends long before the other.
 test: setup
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 

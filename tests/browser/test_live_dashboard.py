@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 from tests.workload import Answer, ask, differing, mixed_requests
 
 from tarragon.cluster import Cluster
@@ -35,6 +35,11 @@ def events(cluster: Cluster, kind: str) -> list[dict[str, Any]]:
     return [event for event in found if event["kind"] == kind]
 
 
+def mark(page: Page, event: dict[str, Any]) -> Locator:
+    """The line of one event in the chart of tokens."""
+    return page.locator(f'#throughput .mark[data-kind={event["kind"]}][data-event="{event["number"]}"]')
+
+
 def _kill_while(
     answers: Callable[[], Future[list[Answer]]], page: Page, cluster: Cluster
 ) -> Future[list[Answer]]:
@@ -54,15 +59,13 @@ def _kill_while(
     expect(page.locator("#event-rows")).to_contain_text(re.compile("ew-0dead"))
     [death] = [event for event in events(cluster, "dead") if event not in known]
     assert death["worker_id"] == "ew-0"
-    expect(page.locator(f'#throughput .mark[data-kind=dead][data-event="{death["number"]}"]')).to_have_count(
-        1
-    )
+    expect(mark(page, death)).to_have_count(1)
 
     expect(victim).to_have_attribute("data-state", "healthy", timeout=BACK_MS)
     expect(victim).not_to_contain_text(f"pid{before}")
     back = events(cluster, "healthy")[-1]
     assert back["worker_id"] == "ew-0"
-    expect(page.locator(f'#throughput .mark[data-event="{back["number"]}"]')).to_have_count(1)
+    expect(mark(page, back)).to_have_count(1)
     expect(page.locator("#badges")).to_contain_text("full capacity", timeout=BACK_MS)
     assert cluster.pids()["ew-0"] != before
     return disturbed

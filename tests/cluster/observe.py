@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import httpx
+
 from tarragon.cluster import Cluster
 
 POLL_S = 0.05
@@ -30,6 +32,14 @@ def replaced(cluster: Cluster, pids: Mapping[str, int], *victims: str) -> dict[s
             return status
         assert time.monotonic() < deadline_s, f"the fault did not happen: {victims} of {now}"
         time.sleep(POLL_S)
+
+
+def is_open(cluster: Cluster) -> bool:
+    """Whether the gateway takes requests."""
+    try:
+        return httpx.get(f"{cluster.url}/health", timeout=REPORTED_S).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def fresh(cluster: Cluster, *worker_ids: str) -> dict[str, dict[str, float]]:

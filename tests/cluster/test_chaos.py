@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.cluster.observe import is_open
 from tests.pool import CONTEXT_TOKENS
 
 from tarragon.admin import AdminError
@@ -85,14 +86,6 @@ def is_back(cluster: Cluster, worker_id: str, pid: int) -> bool:
         return False
     pids = {worker["id"]: worker["pid"] for worker in status["workers"]}
     return pids.get(worker_id, pid) != pid and status["full_capacity"] and status["protected"]
-
-
-def is_open(cluster: Cluster) -> bool:
-    """Whether the gateway takes requests."""
-    try:
-        return httpx.get(f"{cluster.url}/health", timeout=30).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def test_every_process_but_the_gateway_is_killed_in_turn(cluster: Cluster, model_name: str) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 import pytest
 import typer
+from tests.cluster.observe import is_open
 from tests.docs_pages import PAGES, ROOT, Command, all_commands, inline_code, name_of
 from tests.pool import Clusters
 from tests.workload import SMALL_LAYERS
@@ -219,10 +220,6 @@ def until(done: Callable[[], bool], what: str, timeout_s: float) -> None:
                 return
         assert time.monotonic() < end_s, what
         time.sleep(POLL_S)
-
-
-def is_open(cluster: Cluster) -> bool:
-    return httpx.get(f"{cluster.url}/health").status_code == 200
 
 
 def as_here(text: str, cluster: Cluster, model: Path) -> str:
