@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from tarragon.cluster import free_ports
+from tarragon.config import Config
 from tarragon.orchestrator.membership import UnknownWorkerError
+from tarragon.orchestrator.status import StatusServer
 
 GENERATION = 1 << 20
 NOW_S = 1_790_000_000.0
@@ -174,3 +181,21 @@ def _worker(worker_id: str, role: str, index: int) -> dict[str, Any]:
     if role in ("attention", "expert"):
         entry["counters"] = {"pairs": 1_234_567.0}
     return entry
+
+
+@contextmanager
+def serving(operations: Recorded) -> Iterator[str]:
+    """The real status API, in a thread, over recorded operations; yields its URL."""
+    [port] = free_ports(1)
+    loop = asyncio.new_event_loop()
+    server = StatusServer(operations, Config(admin_port=port))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()

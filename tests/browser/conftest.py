@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from tests.recorded import Recorded
+from tests.recorded import Recorded, serving
 
-from tarragon.cluster import free_ports
-from tarragon.config import Config
-from tarragon.orchestrator.status import StatusServer
 from tarragon.testing.browser import ABSENT, find_chromium, launch_options
 
 WAIT_MS = 15_000
@@ -44,24 +38,6 @@ def page(browser: Browser) -> Iterator[Page]:
     yield tab
     context.close()
     assert [fault for fault in faults if "net::ERR_" not in fault] == []
-
-
-@contextmanager
-def serving(operations: Recorded) -> Iterator[str]:
-    """The real status API, in a thread, over recorded operations; yields its URL."""
-    [port] = free_ports(1)
-    loop = asyncio.new_event_loop()
-    server = StatusServer(operations, Config(admin_port=port))
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
 
 
 @pytest.fixture

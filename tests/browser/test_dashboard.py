@@ -9,9 +9,8 @@ from itertools import pairwise
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import serving
 from playwright.sync_api import Browser, Page, expect
-from tests.recorded import NOW_S, Recorded
+from tests.recorded import NOW_S, Recorded, serving
 
 PHONE = {"width": 390, "height": 844}
 
