@@ -5,13 +5,15 @@
 ``clusters.get(attention_workers, expert_workers, *flags, **settings)``
     Other numbers of workers, vLLM flags, or settings of Config. The same flags and settings give the same
     cluster again, with workers added or drained.
+``nursery.cluster(...)``
+    Like ``Cluster(...)``, with torch and vLLM imported before: for a model or an environment of your own.
 ``undisturbed``
     What requests to these clusters are answered when nothing happens, asked once.
 
 The first two are function-scoped, and so must be what builds on them; behind them is a pool for the whole
 session. A test may kill, stop, drain and add workers. After each test the pool waits until the cluster has
 full capacity again; one that does not get there fails its test, and the next one gets a new cluster. Write
-``with Cluster(...)`` only for a model of your own, or where start and end are what is tested.
+``with Cluster(...)`` only where the start itself is what is tested.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import pytest
 
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
+from tests.nursery import Nursery
 from tests.pool import Clusters
 from tests.undisturbed import Undisturbed
 from tests.workload import SMALL_LAYERS
@@ -39,8 +42,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def cluster_pool() -> Iterator[Clusters]:
-    pool = Clusters(ensure_demo_model(layers=SMALL_LAYERS))
+def nursery() -> Iterator[Nursery]:
+    """Starts clusters in 5 s instead of 17."""
+    found = Nursery()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def cluster_pool(nursery: Nursery) -> Iterator[Clusters]:
+    pool = Clusters(ensure_demo_model(layers=SMALL_LAYERS), nursery)
     yield pool
     pool.end_all()
 

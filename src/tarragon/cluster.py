@@ -27,7 +27,7 @@ from tarragon import config as config_module
 from tarragon.admin import AdminClient, AdminError, base_url
 from tarragon.agent.environment import STOP_WITH_PID
 
-_MARK: Final = "TARRAGON_CLUSTER_MARK"
+MARK: Final = "TARRAGON_CLUSTER_MARK"
 """Environment variable that every process of a cluster inherits, and nobody else has."""
 _POLL_S: Final = 0.05
 _EXIT_MARGIN_S: Final = 10.0
@@ -71,7 +71,7 @@ class Cluster:
         self._environ = {
             **os.environ,
             **(environ or {}),
-            _MARK: self._mark,
+            MARK: self._mark,
             STOP_WITH_PID: str(os.getpid()),
         }
         flags = [_flag(name, value) for name, value in self._settings.items()]
@@ -122,7 +122,16 @@ class Cluster:
 
     def start(self) -> None:
         """Start the cluster and wait until it is ready; raises ClusterError if it ends or takes too long."""
-        self._process = subprocess.Popen(
+        self._process = self._launch()
+        try:
+            self._wait_ready(time.monotonic() + self._ready_timeout_s)
+        except BaseException:
+            with suppress(ClusterError):
+                self.stop()
+            raise
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
             stdout=self._out,
@@ -130,12 +139,6 @@ class Cluster:
             env=self._environ,
             start_new_session=True,
         )
-        try:
-            self._wait_ready(time.monotonic() + self._ready_timeout_s)
-        except BaseException:
-            with suppress(ClusterError):
-                self.stop()
-            raise
 
     def _wait_ready(self, deadline_s: float) -> None:
         assert self._process is not None
@@ -241,7 +244,7 @@ class Cluster:
 
     def processes(self) -> list[int]:
         """Pids of all living processes of this cluster, whoever their parent is (zombies do not live)."""
-        mark = f"{_MARK}={self._mark}".encode()
+        mark = f"{MARK}={self._mark}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.nursery import Nursery
 from tests.otlp import Receiver, receiver
 from tests.workload import SMALL_LAYERS
 
@@ -30,9 +31,9 @@ def collector() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="module")
-def traced(collector: Receiver) -> Iterator[Cluster]:
+def traced(collector: Receiver, nursery: Nursery) -> Iterator[Cluster]:
     environ = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
-    with Cluster(
+    with nursery.cluster(
         ensure_demo_model(layers=SMALL_LAYERS),
         2,
         2,
