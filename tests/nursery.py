@@ -183,7 +183,9 @@ def _serve(order: Order, out: int, log: int, life: int) -> int:
         os.close(descriptor)
     os.close(life)
     _mark(order.environ[MARK])
-    os.environ.update({**order.environ, "LD_PRELOAD": os.environ.get("LD_PRELOAD", "")})
+    wanted = {**order.environ, "LD_PRELOAD": os.environ.get("LD_PRELOAD", "")}
+    # Only what differs: process titles find their place by the first string of the environment.
+    os.environ.update({name: value for name, value in wanted.items() if os.environ.get(name) != value})
     return cli.main(order.arguments)
 
 

@@ -16,6 +16,8 @@ RUNNING_MAX = 2
 """Clusters alive at once in a test process; an idle one costs memory only, about 2.5 GiB. The usual one,
 which most files ask for, stays; of the others the one used longest ago ends first."""
 KV_CACHE_BYTES = 256 << 20
+REPORT_INTERVAL_MS = 200.0
+"""Tests wait for what workers report."""
 WHOLE_TIMEOUT_S = 120.0
 POLL_S = 0.05
 CONTEXT_TOKENS = 4_096
@@ -50,7 +52,11 @@ class Clusters:
             idle.sort(key=lambda known: known == _key())  # stable: otherwise by their last use
             while idle and len(self._running) >= RUNNING_MAX:
                 self._end(idle.pop(0))
-            settings = {"kv_cache_bytes": KV_CACHE_BYTES, **settings}
+            settings = {
+                "kv_cache_bytes": KV_CACHE_BYTES,
+                "report_interval_ms": REPORT_INTERVAL_MS,
+                **settings,
+            }
             running = self._nursery.cluster(
                 self._model, attention_workers, expert_workers, engine_args=(*FLAGS, *flags), **settings
             )

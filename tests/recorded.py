@@ -184,9 +184,9 @@ def _worker(worker_id: str, role: str, index: int) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(operations: Recorded) -> Iterator[str]:
+def serving(operations: Recorded, port: int = 0) -> Iterator[str]:
     """The real status API, in a thread, over recorded operations; yields its URL."""
-    [port] = free_ports(1)
+    port = port or free_ports(1)[0]
     loop = asyncio.new_event_loop()
     server = StatusServer(operations, Config(admin_port=port))
     thread = threading.Thread(target=loop.run_forever)

@@ -268,6 +268,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     grammar_compile_timeout_s: float = 60.0
     """How long a request waits until its grammar was tried, on a busy host and behind others, before it
     fails (503)."""
+    grammar_helper_silence_s: float = 15.0
+    """A process that tries grammars and gives no sign of life for so long is replaced."""
     grammar_memory_bytes_max: int = 2 << 30
     """Memory that a grammar may take to compile. One that takes more is refused (400)."""
 

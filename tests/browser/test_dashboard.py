@@ -123,6 +123,17 @@ def test_without_the_key_the_page_asks_for_it(
         context.close()
 
 
+def test_the_page_says_that_nobody_answers_and_comes_back_by_itself(page: Page, recorded: Recorded) -> None:
+    with serving(recorded) as url:
+        page.goto(url)
+        expect(card(page, "ew-0")).to_contain_text("healthy")
+    expect(page.get_by_text("The orchestrator does not answer")).to_be_visible()
+    recorded.workers[0]["pid"] = 777_777
+    with serving(recorded, urlsplit(url).port or 0):
+        expect(card(page, recorded.workers[0]["id"])).to_contain_text("777777")
+        expect(page.get_by_text("The orchestrator does not answer")).to_be_hidden()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("shape", [(2, 2, 30, 8), (4, 8, 60, 128)])
 @pytest.mark.parametrize("size", [PHONE, {"width": 1280, "height": 900}])

@@ -269,7 +269,7 @@ def test_workers_die_with_an_agent_that_is_killed(agent: Agent) -> None:
     wait(lambda: not any(lives(pid) for pid in pids), "end of the workers")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_leaves_no_process(agent: Agent, number: int) -> None:
     agent.start("aw-1", GENERATION_1 + 1)
     agent.start("aw-stubborn", GENERATION_1 + 2)

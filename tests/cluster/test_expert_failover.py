@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
 import pytest
 from tests.cluster.observe import fresh, replaced
-from tests.pool import Clusters
+from tests.pool import Clusters, resize
 from tests.undisturbed import Undisturbed
 from tests.workload import SMALL_LAYERS, Answer, ask, differing, mixed_requests
 
 from tarragon.cluster import Cluster
+from tarragon.config import Config
 from tarragon.models.demo import ensure_demo_model
 from tarragon.models.shape import read_model
 
@@ -43,6 +45,31 @@ def test_a_killed_expert_worker_changes_no_stream(
     after = fresh(cluster, "aw-0", "aw-1")
     met = [worker for worker, found in after.items() if found["links_lost"] > before[worker]["links_lost"]]
     assert met, "no attention worker met the death"
+
+
+def test_those_left_take_over_the_cores_of_one_that_left(clusters: Clusters, model_name: str) -> None:
+    cluster = clusters.get(2, 2)
+    pids = cluster.pids()
+    cluster.kill("ew-0")
+    pid = {w["id"]: w["pid"] for w in replaced(cluster, pids, "ew-0")["workers"]}["ew-0"]
+    [body] = mixed_requests(1, seed=9, vocabulary=40_000, long_tokens=300, output_tokens=4)
+    shared, alone = (Config().threads("expert", len(os.sched_getaffinity(0)), count) for count in (2, 1))
+
+    def threads() -> int:
+        """Of the process, after enough rows for all of them."""
+        ask(cluster.url, model_name, [body], concurrency=1)
+        return len(os.listdir(f"/proc/{pid}/task"))
+
+    before = threads()
+    resize(cluster, {"expert": 1})
+    assert list_of(cluster, "expert") == ["ew-0"]
+    deadline_s = time.monotonic() + 30
+    while threads() != before + alone - shared:
+        assert time.monotonic() < deadline_s, f"{threads()} threads after {before}"
+
+
+def list_of(cluster: Cluster, role: str) -> list[str]:
+    return [worker["id"] for worker in cluster.status()["workers"] if worker["role"] == role]
 
 
 def _wait_until_it_works(cluster: Cluster, worker_id: str, before: dict[str, float]) -> None:

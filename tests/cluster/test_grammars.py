@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +16,12 @@ import requests
 from tests.pool import Clusters
 
 from tarragon.cluster import Cluster
+from tarragon.gateway.grammar_line import TITLE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 AUTO = '--structured-outputs-config={"backend": "auto"}'
+SETTINGS: dict[str, Any] = {"grammar_helper_silence_s": 5.0}
 FOR_XGRAMMAR: dict[str, Any] = {"type": "string", "pattern": "^[ab]{5}$"}
 FOR_GUIDANCE: dict[str, Any] = {"type": "string", "pattern": "^[ab]+$", "minLength": 3, "maxLength": 3}
 """xgrammar takes no notice of a length beside a pattern: vLLM gives this one to its other backend."""
@@ -41,8 +48,37 @@ def answers(cluster: Cluster, model: str, schema: dict[str, Any]) -> list[str]:
         return list(pool.map(ask, range(SAME)))
 
 
+def helpers(cluster: Cluster) -> list[int]:
+    """Pids of the processes that try grammars: one serves, one stands by."""
+    return [pid for pid in cluster.processes() if title(pid) == TITLE]
+
+
+def title(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().strip("\0 ")
+    return ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["SIGKILL", "SIGSTOP"])
+def test_the_processes_that_try_grammars_may_die(
+    clusters: Clusters, model_name: str, number: signal.Signals
+) -> None:
+    cluster = clusters.get(2, 1, AUTO, **SETTINGS)
+    before = helpers(cluster)
+    assert len(before) == 2, before
+    for turn, pid in enumerate(before):
+        letters = 3 + turn + 2 * (number == signal.SIGSTOP)  # not asked before: a verdict is remembered
+        os.kill(pid, number)
+        texts = answers(cluster, model_name, {"type": "string", "pattern": f"^[xyz]{{{letters}}}$"})
+        assert len(json.loads(texts[0])) == letters
+    deadline_s = time.monotonic() + 60
+    while len(after := set(helpers(cluster)) - set(before)) != 2:
+        assert time.monotonic() < deadline_s, (before, after)
+        time.sleep(0.05)
+
+
 def test_grammars_of_two_backends_beside_each_other(clusters: Clusters, model_name: str) -> None:
-    cluster = clusters.get(2, 1, AUTO)
+    cluster = clusters.get(2, 1, AUTO, **SETTINGS)
     found = {}
     for name, schema in (("plain", FOR_XGRAMMAR), ("length", FOR_GUIDANCE), ("again", FOR_XGRAMMAR)):
         texts = answers(cluster, model_name, schema)

@@ -8,7 +8,9 @@ import os
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+from tests.cluster.observe import replaced
 from tests.workload import SMALL_LAYERS
 
 from tarragon.admin import AdminError
@@ -28,6 +31,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 API_KEYS = ("first-api-key-0123456789", "second-api-key-0123456789")
 ADMIN_KEY = "the-admin-key-0123456789"
+NEW_KEYS = {"api": "third-api-key-0123456789", "admin": "another-admin-key-0123456789"}
+"""By the name of their file."""
 HOSTILE_SCHEMA = {
     "type": "object",
     "minProperties": 100,
@@ -44,6 +49,7 @@ class Guarded(NamedTuple):
     cluster: Cluster
     certificate: Certificate
     model: str
+    api_key_file: Path
     admin_key_file: Path
 
     def ask(self, method: str, path: str, key: str | None = API_KEYS[0], **options: Any) -> requests.Response:
@@ -97,7 +103,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         kv_cache_bytes=128 << 20,
         grammar_compile_cpu_s_max=2,
     ) as cluster:
-        yield Guarded(cluster, certificate, model.name, folder / "admin")
+        yield Guarded(cluster, certificate, model.name, folder / "api", folder / "admin")
 
 
 def test_it_says_that_it_speaks_https(guarded: Guarded) -> None:
@@ -258,6 +264,50 @@ def test_too_much_is_a_400(guarded: Guarded, change: dict[str, Any], word: str) 
 
 def test_too_long_a_body_is_a_413(guarded: Guarded) -> None:
     assert guarded.complete(prompt="x" * (17 << 20)).status_code == 413
+
+
+def test_keys_are_changed_while_it_runs(guarded: Guarded) -> None:
+    """As docs/security.md says: the new key below the old one, then the old one away; workers stay."""
+    files = {guarded.api_key_file: API_KEYS, guarded.admin_key_file: (ADMIN_KEY,)}
+    workers = {name: pid for name, pid in guarded.cluster.pids().items() if name[:3] in ("aw-", "ew-")}
+    for file, keys in files.items():
+        file.write_text("\n".join((*keys, NEW_KEYS[file.name])) + "\n")
+    both = served_anew(guarded)
+    assert both == {"old": 200, "new": 200, "old admin": 200, "new admin": 200}
+    for file in files:
+        file.write_text(NEW_KEYS[file.name] + "\n")
+    # What runs knows the new key already, and the commands show the first of the file.
+    assert served_anew(guarded) == {"old": 401, "new": 200, "old admin": 401, "new admin": 200}
+    assert workers.items() <= guarded.cluster.pids().items(), "a worker was lost"
+
+
+def served_anew(guarded: Guarded) -> dict[str, int]:
+    """What each key gets once gateway and orchestrator were killed and are there again."""
+    before = guarded.cluster.pids()
+    guarded.cluster.kill("gateway")
+    guarded.cluster.kill("orchestrator")
+    replaced(guarded.cluster, before, "gateway", "orchestrator")
+    wait_for(lambda: guarded.ask("GET", "/health").status_code == 200, "gateway")
+
+    def admin(key: str) -> int:
+        return guarded.admin("GET", "/status", headers={"Authorization": f"Bearer {key}"}).status_code
+
+    return {
+        "old": guarded.ask("GET", "/v1/models", API_KEYS[0]).status_code,
+        "new": guarded.ask("GET", "/v1/models", NEW_KEYS["api"]).status_code,
+        "old admin": admin(ADMIN_KEY),
+        "new admin": admin(NEW_KEYS["admin"]),
+    }
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + 60
+    while True:
+        with suppress(requests.RequestException):
+            if condition():
+                return
+        assert time.monotonic() < deadline_s, f"no {what}"
+        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------ without keys

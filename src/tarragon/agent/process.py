@@ -163,7 +163,7 @@ def _child(
         release()
         _close_all_above_stdio()
         _reseed()
-        _set_title(title)
+        set_title(title)
         if polite is not None:
             priority.lower(polite)
         faulthandler.enable()
@@ -223,7 +223,8 @@ def _reseed() -> None:
         numpy.random.seed()
 
 
-def _set_title(title: str) -> None:
+def set_title(title: str) -> None:
+    """What `ps` shows for this process."""
     with suppress(ImportError):
         import setproctitle
 

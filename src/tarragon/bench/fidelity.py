@@ -4,9 +4,10 @@ Two bfloat16 engines that add in different orders never agree to the last bit, a
 itself: its log-probs move with the batch a request is in. So that is the measure.
 
 * Teacher-forced: the log-probs of given texts (`prompt_logprobs`). vLLM is asked one by one, all at once,
-  in reverse order, and in small chunks; the spread of these among themselves is compared with the distance
-  of ours from each of them. A position whose rows went through the same kernels in both batchings does not
-  move at all, which on a CPU without AMX is most of them; the positions that do move are what is compared.
+  in reverse order, in small chunks, and token by token (as it computes what it has generated itself); the
+  spread of these among themselves is compared with the distance of ours from each of them. A position whose
+  rows went through the same kernels in both batchings does not move at all, which on a CPU without AMX is
+  most of them; the positions that do move are what is compared.
 * vLLM in float32 stands for the model's own values: are we as near to them as vLLM is?
 * Greedy: 64 tokens after each of the same texts' beginnings: how far do two runs agree, and with float32?
 
@@ -54,6 +55,7 @@ TOGETHER: Final = "vLLM, all at once"
 REVERSED: Final = "vLLM, in reverse"
 REFERENCE: Final = "vLLM in float32"
 SMALL_CHUNKS: Final = f"vLLM, chunks of {CHUNK_TOKENS}"
+AS_DECODED: Final = "vLLM, token by token"
 QUANTILES: Final = {"median": 0.5, "p99": 0.99, "max": 1.0}
 FARTHER_MAX: Final = 1.1
 """So many times as far from float32 as vLLM may we be, with the whole interval."""
@@ -70,7 +72,7 @@ class Text(msgspec.Struct, frozen=True):
 
 def parser() -> argparse.ArgumentParser:
     options = output.parser("fidelity", __doc__)
-    options.add_argument("--quick", action="store_true", help=f"{QUICK_LAYERS} layers, no small chunks")
+    options.add_argument("--quick", action="store_true", help=f"{QUICK_LAYERS} layers, large chunks only")
     options.add_argument("--texts", type=int, default=32)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--no-reference", action="store_true", help="leave vLLM in float32 out")
@@ -144,6 +146,9 @@ def collect(model: Path, options: argparse.Namespace, answers: Path) -> dict[str
     if not options.quick and wanted(SMALL_CHUNKS):
         with vllm(model, f"--max-num-batched-tokens={CHUNK_TOKENS}") as url:
             ask(SMALL_CHUNKS, url, "model", len(texts))
+    if not options.quick and wanted(AS_DECODED):
+        with vllm(model, "--max-num-batched-tokens=1", "--max-num-seqs=1") as url:
+            ask(AS_DECODED, url, "model", 1)
     if not options.no_reference and wanted(REFERENCE):
         with vllm(model, "--dtype=float32") as url:
             ask(REFERENCE, url, "model", 1)

@@ -9,8 +9,13 @@ import asyncio
 import dataclasses
 import hashlib
 import itertools
+import os
+import signal
 import socket
+import struct
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
@@ -20,24 +25,34 @@ from vllm.sampling_params import StructuredOutputsParams
 from tarragon.gateway.client import RequestFailed
 from tarragon.gateway.grammar_zygote import Trial, Verdict, frame
 
+HELPERS_TRIED_MAX: Final = 3
+"""For one grammar."""
 VERDICTS_KEPT: Final = 1_024
 VERDICT_BYTES_MAX: Final = 16 << 10
+_CREDENTIALS: Final = struct.Struct("3i")
+"""pid, uid and gid of who made the other end of a pair of sockets."""
 _FIELDS: Final = [field.name for field in dataclasses.fields(StructuredOutputsParams) if field.init]
 
 
 class GrammarTrials:
     """The gateway's side; lives in its event loop."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        """``sock`` leads to the zygote."""
-        sock.setblocking(False)
-        self._sock = sock
+    def __init__(self, door: socket.socket, silence_s_max: float) -> None:
+        """Through ``door`` each process that begins to try grammars sends the socket that leads to it.
+
+        One that is asked and says nothing for ``silence_s_max`` is killed.
+        """
+        door.setblocking(False)
+        self._door = door
+        self._sock = socket.socket()  # until the first is needed
         self._numbers = itertools.count(1)
         self._kept: OrderedDict[bytes, str] = OrderedDict()
         self._waiting: dict[int, asyncio.Future[Verdict]] = {}
         self._lock = asyncio.Lock()
+        self._silence_s_max = silence_s_max
+        self._heard_s = 0.0
+        """When the one that serves gave a sign of life last, on the monotonic clock."""
         self._reader: asyncio.Task[None] | None = None
-        self._gone = False
 
     async def check(self, params: Any) -> None:
         """Return if the request has no grammar, or one that compiles within the bounds.
@@ -60,45 +75,82 @@ class GrammarTrials:
             raise VLLMValidationError(reason)
 
     async def _ask(self, grammar: dict[str, Any]) -> Verdict:
-        if self._reader is None:
-            self._reader = asyncio.get_running_loop().create_task(self._read())
-        number = next(self._numbers)
-        future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = future
-        try:
-            # Shielded: after half a frame the other side would understand no other.
-            await asyncio.shield(self._send(frame(Trial(number, grammar))))
-            return await future
-        except OSError as error:
-            raise RequestFailed("grammars cannot be tried: the gateway's helper process is gone") from error
-        finally:
-            self._waiting.pop(number, None)
+        """Ask whoever tries grammars now, and its successor if it dies over that. Raises RequestFailed."""
+        for _ in range(HELPERS_TRIED_MAX):
+            with suppress(ConnectionError):
+                return await self._ask_once(grammar)
+        raise RequestFailed("grammars cannot be tried: the gateway's helper processes are gone")
 
-    async def _send(self, raw: bytes) -> None:
+    async def _ask_once(self, grammar: dict[str, Any]) -> Verdict:
+        # Shielded: after half a frame the other side would understand no other.
+        future = await asyncio.shield(self._send(Trial(next(self._numbers), grammar)))
+        while not (await asyncio.wait([future], timeout=self._silence_s_max))[0]:
+            if time.monotonic() - self._heard_s >= self._silence_s_max:
+                self._end_helper()
+        return future.result()
+
+    async def _send(self, trial: Trial) -> asyncio.Future[Verdict]:
+        """Return what its verdict will be in; raises ConnectionError if whoever would give it is gone."""
+        loop = asyncio.get_running_loop()
         async with self._lock:
-            if self._gone:
-                raise ConnectionResetError
-            await asyncio.get_running_loop().sock_sendall(self._sock, raw)
+            if self._reader is None or self._reader.done():
+                self._sock.close()
+                self._sock = await self._next_helper()
+                self._reader = loop.create_task(self._read(self._sock))
+            if not self._waiting:
+                self._heard_s = time.monotonic()  # it had nothing to say
+            future = self._waiting[trial.number] = loop.create_future()
+            try:
+                await loop.sock_sendall(self._sock, frame(trial))
+            except ConnectionError:
+                await self._reader  # which meets the end too
+                raise
+            return future
 
-    async def _read(self) -> None:
-        """Hand verdicts to those who wait for them, until the zygote is gone."""
+    def _end_helper(self) -> None:
+        """Kill who says nothing; its successor has waited for that."""
+        peer = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        with suppress(ProcessLookupError):
+            os.kill(_CREDENTIALS.unpack(peer)[0], signal.SIGKILL)
+
+    async def _next_helper(self) -> socket.socket:
+        """The socket of the last one that has begun to serve; raises ConnectionError if nobody is left."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._door, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(self._door)
+        newest = socket.socket()
+        with suppress(BlockingIOError):
+            while descriptors := socket.recv_fds(self._door, 1, 1)[1]:
+                newest.close()  # its process has a successor already
+                newest = socket.socket(fileno=descriptors[0])
+            raise ConnectionResetError("the line of helpers has ended")
+        newest.setblocking(False)
+        return newest
+
+    async def _read(self, sock: socket.socket) -> None:
+        """Hand verdicts to those who wait for them, until their giver is gone."""
         loop = asyncio.get_running_loop()
         data = b""
         while True:
             try:
-                chunk = await loop.sock_recv(self._sock, VERDICT_BYTES_MAX)
+                chunk = await loop.sock_recv(sock, VERDICT_BYTES_MAX)
             except OSError:
                 chunk = b""
             if not chunk:
                 break
+            self._heard_s = time.monotonic()
             data += chunk
             while len(data) >= 4 and len(data) >= (end := 4 + int.from_bytes(data[:4], "little")):
                 verdict = msgspec.json.decode(data[4:end], type=Verdict)
                 data = data[end:]
-                future = self._waiting.get(verdict.number)
+                future = self._waiting.pop(verdict.number, None)
                 if future is not None and not future.done():
                     future.set_result(verdict)
-        self._gone = True
-        for future in self._waiting.values():
+        waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
             if not future.done():
                 future.set_exception(ConnectionResetError())

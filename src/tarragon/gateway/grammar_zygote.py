@@ -4,14 +4,13 @@ Compiling a schema or a regular expression is work of a native library that noth
 grammars of a few bytes take hours. In a worker, that would take a core from everybody's tokens; in the
 gateway, which parses them first, it would stop every stream. So each is tried here before.
 
-This process is forked from the gateway before that has any thread, and forks once per grammar. A child
-leaves its verdict in its exit code and a pipe; the kernel ends one that takes too much.
+This process has one thread and forks once per grammar. A child leaves its verdict in its exit code and a
+pipe; the kernel ends one that takes too much. Who takes over when the process itself dies: grammar_line.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import resource
 import select
@@ -19,7 +18,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -27,9 +26,9 @@ from tarragon.config import Config
 
 TRIALS_AT_ONCE: Final = 2
 """Further ones wait in the socket."""
-NICE: Final = 10
-"""Streams go on while a grammar is tried."""
 REASON_BYTES_MAX: Final = 2_000
+SIGN_OF_LIFE: Final = 0
+SIGN_INTERVAL_S: Final = 1.0
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -45,6 +44,7 @@ class Verdict(msgspec.Struct):
     """Zygote -> gateway, in the same form. ``reason`` is "" for a grammar that compiles."""
 
     number: int
+    """Of the trial; SIGN_OF_LIFE while trials run that have no verdict yet."""
     reason: str = ""
     overdue: bool = False
     """The host was too busy to say."""
@@ -57,28 +57,14 @@ class _Child(NamedTuple):
     pipe: int
     deadline_s: float
 
+    def close(self) -> None:
+        """Close what this process holds of it."""
+        os.close(self.pidfd)
+        os.close(self.pipe)
+
 
 Compile = Callable[[dict[str, Any]], None]
 """Compiles a grammar; raises an exception whose text says why it cannot be."""
-
-
-def fork(config: Config, make_compiler: Callable[[], Compile]) -> socket.socket:
-    """Start the zygote; return the socket for trials and verdicts. Call it before any thread is started."""
-    ours, theirs = socket.socketpair()
-    gateway = os.getpid()
-    if os.fork() == 0:
-        try:
-            ours.close()
-            die_with(gateway)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
-            os.nice(NICE)
-            logging.disable(logging.CRITICAL)  # a client's bad grammar is no line in our log
-            Zygote(theirs, config, make_compiler).run()
-        finally:
-            os._exit(0)
-    theirs.close()
-    return ours
 
 
 def die_with(parent: int) -> None:
@@ -88,11 +74,26 @@ def die_with(parent: int) -> None:
         os._exit(0)
 
 
+class Successor(Protocol):
+    """A process that has to be there, and is forked anew by ``renew`` where it is not."""
+
+    pidfd: int
+
+    def renew(self) -> None: ...
+
+
 class Zygote:
     """The loop of the process."""
 
-    def __init__(self, sock: socket.socket, config: Config, make_compiler: Callable[[], Compile]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        config: Config,
+        make_compiler: Callable[[], Compile],
+        successor: Successor,
+    ) -> None:
         self._sock = sock
+        self._successor = successor
         self._config = config
         self._make_compiler = make_compiler
         self._compile: Compile | None = None
@@ -100,8 +101,18 @@ class Zygote:
 
     def run(self) -> None:
         """Serve until the gateway closes its end."""
+        try:
+            self._serve()
+        finally:
+            for child in self._children:
+                child.close()
+
+    def _serve(self) -> None:
         while True:
             self._wait()
+            self._successor.renew()
+            if self._children:
+                send_frame(self._sock, Verdict(SIGN_OF_LIFE))
             for child in list(self._children):
                 self._look_at(child)
             if len(self._children) < TRIALS_AT_ONCE and _is_readable(self._sock):
@@ -112,12 +123,12 @@ class Zygote:
 
     def _wait(self) -> None:
         poll = select.poll()
+        poll.register(self._successor.pidfd, select.POLLIN)
         if len(self._children) < TRIALS_AT_ONCE:
             poll.register(self._sock, select.POLLIN)
         for child in self._children:
             poll.register(child.pidfd, select.POLLIN)
-        deadline_s = min((child.deadline_s for child in self._children), default=None)
-        poll.poll(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()) * 1e3)
+        poll.poll(SIGN_INTERVAL_S * 1e3 if self._children else None)
 
     def _start(self, trial: Trial) -> None:
         if self._compile is None:
@@ -142,8 +153,7 @@ class Zygote:
             return
         self._children.remove(child)
         reason = os.read(child.pipe, REASON_BYTES_MAX).decode("utf-8", "replace")
-        for descriptor in (child.pidfd, child.pipe):
-            os.close(descriptor)
+        child.close()
         if status and not reason:
             reason = (
                 f"the grammar takes more than {self._config.grammar_compile_cpu_s_max} s of computing time "

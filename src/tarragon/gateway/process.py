@@ -24,12 +24,13 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 
 from tarragon import tracing
 from tarragon.boot import Boot
-from tarragon.gateway import flags, grammar_zygote, wire
+from tarragon.gateway import flags, grammar_line, wire
 from tarragon.gateway.admission import Admission, known_parameters
 from tarragon.gateway.authentication import guarded
 from tarragon.gateway.client import Client, RequestFailed
 from tarragon.gateway.control import Control
 from tarragon.gateway.grammar_trials import GrammarTrials
+from tarragon.gateway.grammar_zygote import vllm_compiler
 from tarragon.gateway.limits import Limits
 from tarragon.gateway.metrics import GatewayCollector
 from tarragon.gateway.route_table import only_served
@@ -46,22 +47,22 @@ def main(boot: Boot) -> None:
     exposure.check(boot.config, boot.engine_args)
     args = flags.serve_args(boot)
     vllm_config = flags.engine_config(boot)
-    zygote = grammar_zygote.fork(boot.config, lambda: grammar_zygote.vllm_compiler(vllm_config))
+    helpers = grammar_line.fork(boot.config, lambda: vllm_compiler(vllm_config))
     listen_address, sock = setup_server(args, reuse_port=False)
     try:
-        uvloop.run(serve(boot, args, vllm_config, listen_address, sock, zygote))
+        uvloop.run(serve(boot, args, vllm_config, listen_address, sock, helpers))
     finally:
         sock.close()
-        zygote.close()
+        helpers.close()
 
 
 async def serve(
-    boot: Boot, args: Namespace, vllm_config: Any, listen_address: str, sock: Any, zygote: socket.socket
+    boot: Boot, args: Namespace, vllm_config: Any, listen_address: str, sock: Any, helpers: socket.socket
 ) -> None:
     """Build the server and run it; accepts connections before any attention worker is ready."""
     client = Client(boot, vllm_config.model_config.max_model_len)
     engine = build_engine(vllm_config, args, client)
-    engine.trials = GrammarTrials(zygote)
+    engine.trials = GrammarTrials(helpers, boot.config.grammar_helper_silence_s)
     for handler in logging.getLogger("vllm").handlers:
         handler.addFilter(QuietFailures())
     app = build_app(args, TASKS, vllm_config.model_config)
