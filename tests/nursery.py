@@ -1,16 +1,17 @@
-"""Clusters begun by fork from a process that has imported torch and vLLM: twelve core-seconds saved on each.
+"""Programs begun by fork from a process that has imported torch and vLLM: twelve core-seconds saved on each.
 
-What such a cluster runs is the command line of ``tarragon serve``, from its first statement; it only finds
+What a cluster runs then is the command line of ``tarragon serve``, from its first statement; it only finds
 its imports done. That a start from nothing works is held by the tests that do not ask for this.
 
-    client                                nursery (python -m tests.nursery FD)
-    order: arguments, environment  ---->  fork ----> tarragon.cli.main(arguments)
-    pid, exit code                 <----  reaps
+    client                                         nursery (python -m tests.nursery FD)
+    order: function, arguments, environment  --->  fork ---> function(arguments)
+    pid, exit code                           <---  reaps
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import selectors
 import signal
@@ -20,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import msgspec
@@ -27,6 +29,7 @@ import msgspec
 from tarragon.agent import environment, preload
 from tarragon.cluster import MARK, Cluster
 
+COMMAND_LINE = "tarragon.cli:main"
 ORDER_BYTES_MAX = 128 << 10
 NUMBER = struct.Struct("q")
 NO_MARK = "-" * 16
@@ -35,8 +38,10 @@ PRELOADED = (*preload.PRELOAD_MODULES, "tarragon.cli", "tarragon.agent.agent", "
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What one cluster is begun with; the descriptors of its stdout, stderr and life come along."""
+    """What one program is begun with; the descriptors of its stdout, stderr and life come along."""
 
+    function: str
+    """"module:name"; it returns the exit code."""
     arguments: list[str]
     environ: dict[str, str]
 
@@ -45,7 +50,7 @@ class Order(msgspec.Struct, frozen=True):
 
 
 class Hatched:
-    """As much of subprocess.Popen as a Cluster uses, for a process that another one has forked."""
+    """As much of subprocess.Popen as is used here, for a process that another one has forked."""
 
     def __init__(self, life: socket.socket) -> None:
         self._life = life
@@ -78,13 +83,13 @@ class Hatched:
         try:
             return int(NUMBER.unpack(self._life.recv(NUMBER.size))[0])
         except (BlockingIOError, TimeoutError):
-            raise subprocess.TimeoutExpired("tarragon serve", timeout_s or 0.0) from None
+            raise subprocess.TimeoutExpired("a nursery's fork", timeout_s or 0.0) from None
         except struct.error:
             raise RuntimeError("the nursery is gone") from None
 
 
 class Nursery:
-    """One process that waits, imports done, until clusters are wanted. It ends with ``close`` or with us."""
+    """One process that waits, imports done, until programs are wanted. It ends with ``close`` or with us."""
 
     def __init__(self) -> None:
         self._door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -102,11 +107,27 @@ class Nursery:
         """Like ``Cluster(...)``, not yet started."""
         return _HatchedCluster(self, *args, **options)
 
+    def run(self, arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+        """``tarragon`` with these arguments, to its end. Raises subprocess.TimeoutExpired."""
+        with TemporaryFile() as out, TemporaryFile() as log:
+            process = self.begin(COMMAND_LINE, arguments, os.environ, out, log)
+            try:
+                code = process.wait(timeout_s)
+            finally:
+                process.kill()
+            texts = [os.pread(file.fileno(), 1 << 20, 0).decode() for file in (out, log)]
+        return subprocess.CompletedProcess(arguments, code, *texts)
+
     def begin(
-        self, arguments: Sequence[str], environ: Mapping[str, str], out: IO[bytes], log: IO[bytes]
+        self,
+        function: str,
+        arguments: Sequence[str],
+        environ: Mapping[str, str],
+        out: IO[Any],
+        log: IO[Any],
     ) -> Hatched:
-        """Fork a ``tarragon`` with these arguments; returns once it exists."""
-        order = msgspec.json.encode(Order(list(arguments), dict(environ)))
+        """Fork a program; returns once it exists."""
+        order = msgspec.json.encode(Order(function, list(arguments), {MARK: NO_MARK, **environ}))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(self._door, [order], [out.fileno(), log.fileno(), theirs.fileno()])
@@ -124,7 +145,7 @@ class _HatchedCluster(Cluster):
 
     def _launch(self) -> Any:
         serve = self._command.index("serve")
-        return self._nursery.begin(self._command[serve:], self._environ, self._out, self._log)
+        return self._nursery.begin(COMMAND_LINE, self._command[serve:], self._environ, self._out, self._log)
 
 
 # ------------------------------------------------------------------ the nursery itself
@@ -148,7 +169,7 @@ def main(door: socket.socket) -> int:
             pid = os.fork()
             if pid == 0:
                 _leave_the_nursery(selector)
-                return _serve(order, *descriptors)
+                return _become(order, *descriptors)
             *streams, life = descriptors
             for descriptor in streams:
                 os.close(descriptor)
@@ -174,9 +195,7 @@ def _leave_the_nursery(selector: selectors.BaseSelector) -> None:
     selector.close()
 
 
-def _serve(order: Order, out: int, log: int, life: int) -> int:
-    from tarragon import cli
-
+def _become(order: Order, out: int, log: int, life: int) -> int:
     os.setsid()
     for descriptor, number in ((out, 1), (log, 2)):
         os.dup2(descriptor, number)
@@ -186,7 +205,8 @@ def _serve(order: Order, out: int, log: int, life: int) -> int:
     wanted = {**order.environ, "LD_PRELOAD": os.environ.get("LD_PRELOAD", "")}
     # Only what differs: process titles find their place by the first string of the environment.
     os.environ.update({name: value for name, value in wanted.items() if os.environ.get(name) != value})
-    return cli.main(order.arguments)
+    module, _, name = order.function.partition(":")
+    return int(getattr(importlib.import_module(module), name)(order.arguments))
 
 
 def _mark(mark: str) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -17,6 +15,7 @@ import httpx
 import msgspec
 import openai
 import pytest
+from tests.nursery import Hatched, Nursery
 
 from tarragon.boot import Boot, socket_address
 from tarragon.cluster import free_ports
@@ -27,21 +26,6 @@ from tarragon.transport.local import AsyncConnection, AsyncServer, serve_async
 
 WAIT_S = 120.0
 KEY = "secret-key"
-PROGRAM = """
-import sys, base64, msgspec
-from tarragon.boot import Boot
-from tarragon.gateway.process import main
-if __name__ == "__main__":
-    main(msgspec.json.decode(sys.stdin.buffer.read(), type=Boot))
-"""
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OPENBLAS_NUM_THREADS": "1",
-}
 
 
 def make_model(folder: Path) -> int:
@@ -183,7 +167,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Gateway:
-    def __init__(self, stage: Stage, process: subprocess.Popen[bytes], http: httpx.Client) -> None:
+    def __init__(self, stage: Stage, process: Hatched, http: httpx.Client) -> None:
         self.stage, self.process, self.http = stage, process, http
         self.openai = openai.OpenAI(
             base_url=f"{str(http.base_url).rstrip('/')}/v1", api_key=KEY, max_retries=0, timeout=WAIT_S
@@ -202,7 +186,7 @@ class Gateway:
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def gateway(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()
     vocabulary = make_model(folder)
@@ -225,12 +209,9 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         engine_args=("--enforce-eager", "--api-key", KEY),
     )
     stage = Stage(boot, vocabulary)
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, env={**os.environ, **ENVIRONMENT}
-    )
-    assert process.stdin is not None
-    process.stdin.write(msgspec.json.encode(boot))
-    process.stdin.close()
+    with (folder.parent / "log").open("w") as log:
+        program, arguments = "tests.api.gateway_program:main", [msgspec.json.encode(boot).decode()]
+        process = nursery.begin(program, arguments, os.environ, log, log)
     with httpx.Client(
         base_url=f"http://127.0.0.1:{boot.config.port}",
         headers={"authorization": f"Bearer {KEY}"},
@@ -238,7 +219,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     ) as http:
         try:
             until(lambda: process.poll() is not None or stage.count(Ready) == 1)
-            assert process.poll() is None
+            assert process.poll() is None, (folder.parent / "log").read_text()
             yield Gateway(stage, process, http)
         finally:
             process.kill()

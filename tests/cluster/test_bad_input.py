@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import requests
+from tests.nursery import Nursery
 from tests.pool import CONTEXT_TOKENS
 
-from tarragon.cluster import Cluster
+from tarragon.cluster import Cluster, free_ports
 from tarragon.testing.checkpoints import make_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+TIMEOUT_S = 120
 
 
 def _post(cluster: Cluster, body: Any, path: str = "/v1/completions") -> requests.Response:
@@ -63,7 +66,7 @@ def _serve(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "tarragon", "serve", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT_S,
         check=False,
     )
 
@@ -110,10 +113,11 @@ def test_a_port_in_use(cluster: Cluster, tmp_path: Path) -> None:
     _one_sentence(_serve(str(folder), f"--port={port}"), port)
 
 
-def test_a_flag_that_does_not_apply_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_flag_that_does_not_apply_is_refused_by_name(nursery: Nursery, tmp_path: Path) -> None:
     """One that vLLM has; tests/unit/test_gateway_flags.py goes through all of them, and those nobody has."""
     folder = make_checkpoint("mixtral", tmp_path / "m")
-    _one_sentence(_serve(str(folder), "--enable-lora"), "lora")
+    ports = [f"--{name}={port}" for name, port in zip(("port", "admin-port"), free_ports(2), strict=True)]
+    _one_sentence(nursery.run(["serve", str(folder), *ports, "--enable-lora"], TIMEOUT_S), "lora")
 
 
 def test_quantised_experts_are_refused(tmp_path: Path) -> None:

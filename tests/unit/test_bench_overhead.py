@@ -8,7 +8,7 @@ import pytest
 
 from tarragon.bench import overhead
 from tarragon.bench.timeline import Trace
-from tarragon.bench.windows import pace
+from tarragon.bench.windows import Window, cpu_cost, pace, tokens_within
 
 
 @pytest.mark.parametrize(
@@ -19,12 +19,12 @@ def test_a_cost_is_found_through_a_drift_that_hits_both_sides(
     cost: float, noise: float, verdict: str
 ) -> None:
     rng = random.Random(3)
-    rates: dict[str, list[float]] = {"on": [], "off": []}
+    windows: dict[str, list[Window]] = {"on": [], "off": []}
     for _ in range(20):
         speed = rng.uniform(50.0, 150.0)
-        rates["off"].append(speed)
-        rates["on"].append(speed * (1.0 - cost) * (1.0 + rng.uniform(-noise, noise)))
-    metrics = overhead.conclude(rates)
+        windows["off"].append(Window(speed, 0.0))
+        windows["on"].append(Window(speed * (1.0 - cost) * (1.0 + rng.uniform(-noise, noise)), 0.0))
+    metrics = overhead.conclude(windows)
     assert metrics["verdict"] == verdict
     assert metrics["cost"]["ci95"][0] <= metrics["cost"]["median"] <= metrics["cost"]["ci95"][1]
 
@@ -42,3 +42,17 @@ def test_the_pace_counts_gaps_that_lie_in_the_window() -> None:
     ]
     assert pace(traces, 0.6, 2.0) == pytest.approx(2.0)
     assert pace(traces, 2.0, 3.0) == 0.0
+
+
+def test_a_token_at_the_edge_counts_by_its_share() -> None:
+    traces = [Trace(0, 0.0, tokens=[1, 2, 3], times_s=[0.0, 1.0, 3.0]), Trace(1, 0.0)]
+    assert tokens_within(traces, 0.25, 2.0) == pytest.approx(0.75 + 0.5)
+    assert tokens_within(traces, -5.0, 5.0) == pytest.approx(2.0)
+
+
+def test_cpu_time_per_token_is_compared_pair_by_pair() -> None:
+    found = cpu_cost([1.1, 2.2] * 3, [1.0, 2.0] * 3, at_most=0.01)
+    assert found["median"] == pytest.approx(0.1)
+    assert found["verdict"] == "does not hold"
+    assert cpu_cost([1.001] * 6, [1.0] * 6, at_most=0.01)["verdict"] == "holds"
+    assert cpu_cost([0.0], [0.0], at_most=0.01) == {}, "no account is no evidence"

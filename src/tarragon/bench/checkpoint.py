@@ -20,7 +20,7 @@ from tarragon.bench import output
 from tarragon.bench.load import LoadError
 from tarragon.bench.progress import Bar
 from tarragon.bench.stats import interval, judge, paired_ratio, summary
-from tarragon.bench.windows import EndlessLoad
+from tarragon.bench.windows import EndlessLoad, Window, cpu_cost, cpu_text
 from tarragon.bench.workloads import random_workload
 from tarragon.cluster import Cluster, ClusterError
 from tarragon.models.demo import ensure_demo_model
@@ -85,11 +85,12 @@ def main(argv: list[str]) -> int:
 async def _measure(
     options: argparse.Namespace, model: Path, cluster: Cluster, schemes: list[str], bar: Bar
 ) -> dict[str, Any]:
-    rates: dict[str, list[float]] = {scheme: [] for scheme in schemes}
-    pairs: dict[str, list[float]] = {"none": [], "segments": []}
+    rates: dict[str, list[Window]] = {scheme: [] for scheme in schemes}
+    pairs: dict[str, list[Window]] = {"none": [], "segments": []}
     account: dict[str, float] = {}
     rng = random.Random(0)
-    load = EndlessLoad(cluster.url, model.name, random_workload(model), options.concurrency)
+    pids = cluster.processes()
+    load = EndlessLoad(cluster.url, model.name, random_workload(model), options.concurrency, pids)
 
     async with load:
         for number in range(options.rounds):
@@ -107,8 +108,8 @@ async def _measure(
 
 async def _window(
     cluster: Cluster, load: EndlessLoad, scheme: str, window_s: float, account: dict[str, float]
-) -> float:
-    """Tokens/s of one window; adds what its writing cost to ``account`` if it is Tarragon's."""
+) -> Window:
+    """One window; adds what its writing cost to ``account`` if it is Tarragon's."""
     await asyncio.to_thread(cluster.admin.checkpointing, scheme, reprotect=False)
     await asyncio.sleep(SETTLE_S)
     before = await asyncio.to_thread(_counters, cluster) if scheme == "segments" else {}
@@ -145,22 +146,27 @@ def segment_bytes(model: Path) -> dict[str, float]:
 
 
 def conclude(
-    rates: dict[str, list[float]],
-    pairs: dict[str, list[float]],
+    rounds: dict[str, list[Window]],
+    pairs: dict[str, list[Window]],
     account: dict[str, float],
     formula: dict[str, float],
 ) -> dict[str, Any]:
     """Ratios to no checkpoints, the verdict on their cost, and bytes against appendix C."""
+    rates = {scheme: [window.tokens_per_s for window in found] for scheme, found in rounds.items()}
     metrics: dict[str, Any] = {
         scheme: {"tokens_per_s": summary(found), "ratio": paired_ratio(found, rates["none"])}
         for scheme, found in rates.items()
     }
-    on = rates["segments"] + pairs["segments"]
-    off = rates["none"] + pairs["none"]
-    costs = [1.0 - a / b for a, b in zip(on, off, strict=True)]
+    on, off = rounds["segments"] + pairs["segments"], rounds["none"] + pairs["none"]
+    costs = [1.0 - a.tokens_per_s / b.tokens_per_s for a, b in zip(on, off, strict=True)]
     low, high = interval(costs)
     verdict = judge([low, high], len(costs), at_most=COST_MAX)
     metrics["cost"] = {**summary(costs), "ci95": [low, high], "verdict": verdict}
+    metrics["cpu_cost"] = cpu_cost(
+        [window.cpu_s_per_token for window in on],
+        [window.cpu_s_per_token for window in off],
+        at_most=COST_MAX,
+    )
     if account.get("step_s"):
         metrics["writing_share_of_steps"] = account["checkpoint_s"] / account["step_s"]
     tokens = account.get("pairs", 0.0) / formula["pairs_per_token"]
@@ -189,6 +195,8 @@ def report(metrics: dict[str, Any]) -> str:
         f"({100 * cost['ci95'][0]:.2f} to {100 * cost['ci95'][1]:.2f} %, {cost['n']} pairs): "
         f"at most {100 * COST_MAX:g} % {cost['verdict']}",
     ]
+    if metrics["cpu_cost"]:
+        lines.append(cpu_text(metrics["cpu_cost"]))
     if "writing_share_of_steps" in metrics:
         lines.append(f"writing took {100 * metrics['writing_share_of_steps']:.2f} % of the steps' time")
     if "bytes" in metrics:

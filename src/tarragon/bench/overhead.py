@@ -18,7 +18,7 @@ from tarragon.bench import output
 from tarragon.bench.load import LoadError
 from tarragon.bench.progress import Bar
 from tarragon.bench.stats import judge, paired_ratio, summary
-from tarragon.bench.windows import EndlessLoad, alternate
+from tarragon.bench.windows import EndlessLoad, Window, alternate, cpu_cost, cpu_text
 from tarragon.bench.workloads import random_workload
 from tarragon.cluster import Cluster, ClusterError
 from tarragon.models.demo import ensure_demo_model
@@ -77,18 +77,20 @@ def _result(options: argparse.Namespace, model: Path, metrics: dict[str, Any]) -
 
 
 async def _measure(options: argparse.Namespace, model: Path, cluster: Cluster, bar: Bar) -> dict[str, Any]:
-    rates: dict[str, list[float]] = {side: [] for side in SIDES}
+    windows: dict[str, list[Window]] = {side: [] for side in SIDES}
     switch = Switch(cluster, checkpoints=options.checkpoints)
     metrics: dict[str, Any] = {}
-    async with EndlessLoad(cluster.url, model.name, random_workload(model), options.concurrency) as load:
+    workload = random_workload(model)
+    pids = cluster.processes()
+    async with EndlessLoad(cluster.url, model.name, workload, options.concurrency, pids) as load:
         for number in range(options.pairs_max):
             if number >= options.pairs and metrics["verdict"] != "inconclusive":
                 break
             bar.doing(f"pair {number + 1}")
             found = await alternate(load, switch.to, SIDES, number, options.window_s)
-            for side, rate in found.items():
-                rates[side].append(rate)
-            metrics = conclude(rates)
+            for side, window in found.items():
+                windows[side].append(window)
+            metrics = conclude(windows)
             output.write(_result(options, model, metrics), options.json)
             bar.done(2 * (options.window_s + SETTLE_S + _SWITCH_S), cost_text(metrics))
         await switch.to("on")
@@ -124,13 +126,21 @@ def shadowed(table: dict[str, Any]) -> bool | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def conclude(rates: dict[str, list[float]]) -> dict[str, Any]:
+def conclude(windows: dict[str, list[Window]]) -> dict[str, Any]:
     """Ratio, cost and verdict of the pairs so far."""
+    rates = {side: [window.tokens_per_s for window in found] for side, found in windows.items()}
+    cpu = {side: [window.cpu_s_per_token for window in found] for side, found in windows.items()}
     ratio = paired_ratio(rates["on"], rates["off"])
     low, high = ratio["ci95"]
     cost = {"median": 1.0 - ratio["median"], "ci95": [1.0 - high, 1.0 - low], "max": COST_MAX}
     verdict = judge(cost["ci95"], len(rates["on"]), at_most=COST_MAX)
-    return {"tokens_per_s": rates, "ratio": ratio, "cost": cost, "verdict": verdict}
+    return {
+        "tokens_per_s": rates,
+        "ratio": ratio,
+        "cost": cost,
+        "cpu_cost": cpu_cost(cpu["on"], cpu["off"], at_most=COST_MAX),
+        "verdict": verdict,
+    }
 
 
 def cost_text(metrics: dict[str, Any]) -> str:
@@ -145,7 +155,10 @@ def report(metrics: dict[str, Any]) -> str:
         f"protection {side:3}: median {summary(metrics['tokens_per_s'][side])['median']:.1f} tokens/s"
         for side in SIDES
     ]
-    return "\n".join([*lines, f"tokens/s: {cost_text(metrics)} (at most {COST_MAX:.0%})"])
+    lines.append(f"tokens/s: {cost_text(metrics)} (at most {COST_MAX:.0%})")
+    if metrics["cpu_cost"]:
+        lines.append(cpu_text(metrics["cpu_cost"]))
+    return "\n".join(lines)
 
 
 def draw(axes: Any, metrics: dict[str, Any]) -> None:

@@ -3,6 +3,10 @@
 The streams go on while something is switched, so that both sides meet the same streams, cores and moments.
 A window of a few seconds has a few dozen steps; counting its tokens would be off by one step in each, which
 is more than what is to be found. So the times between tokens are taken, of those that lie wholly in it.
+
+What others do on the same cores is in every such pace. The time that the cluster's own processes are on a
+core for each token is not moved by who waits for whom, so it shows smaller costs: where all cores are busy,
+as under these loads, tokens/s can fall by no more than it rises.
 """
 
 from __future__ import annotations
@@ -10,23 +14,39 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Final
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
 import aiohttp
 
 from tarragon.bench.load import LoadError, read_stream, session
+from tarragon.bench.profile import process_seconds
+from tarragon.bench.stats import interval, judge, summary
 from tarragon.bench.timeline import Trace
 from tarragon.bench.workloads import Workload
 
 WARM_S: Final = 3.0
+LAST_TOKENS_S: Final = 1.0
+"""How long a window waits for the tokens that were on their way at its end."""
+
+
+class Window(NamedTuple):
+    """What a few seconds brought, and took."""
+
+    tokens_per_s: float
+    cpu_s_per_token: float
+    """Seconds on a core of all processes that were named; 0.0 where the kernel keeps no account of it."""
 
 
 class EndlessLoad:
     """A fixed number of streams, each replaced as it ends."""
 
-    def __init__(self, url: str, model: str, workload: Workload, streams: int) -> None:
+    def __init__(
+        self, url: str, model: str, workload: Workload, streams: int, pids: Sequence[int] = ()
+    ) -> None:
+        """``pids`` are the processes whose time is told; none of them may end or be replaced."""
         self._url, self._model, self._workload, self._streams = url, model, workload, streams
+        self._pids = pids
         self._next = 0
         self._traces: list[Trace] = []
         self._running: asyncio.Task[None] | None = None
@@ -46,19 +66,21 @@ class EndlessLoad:
         except* LoadError as failed:
             raise failed.exceptions[0] from None
 
-    async def window(self, seconds: float) -> float:
-        """Tokens/s of all streams in the next ``seconds``. Raises LoadError if a stream failed."""
+    async def window(self, seconds: float) -> Window:
+        """Of all streams in the next ``seconds``. Raises LoadError if one failed."""
         assert self._running is not None
-        start_s = time.monotonic()
+        start_s, start_cpu_s = time.monotonic(), cpu_seconds(self._pids)
         await asyncio.sleep(seconds)
+        end_s, end_cpu_s = time.monotonic(), cpu_seconds(self._pids)
+        await asyncio.sleep(LAST_TOKENS_S if self._pids else 0.0)
         if self._running.done():
             await self._running
-        end_s = time.monotonic()
         found = pace(self._traces, start_s, end_s)
+        tokens = tokens_within(self._traces, start_s, end_s)
         self._traces = [trace for trace in self._traces if trace.ended_s is None]
         if not found:
             raise LoadError(f"no stream brought two tokens within {seconds:g} s")
-        return self._streams * found
+        return Window(self._streams * found, (end_cpu_s - start_cpu_s) / tokens)
 
     async def _run(self) -> None:
         async with session() as client, asyncio.TaskGroup() as group:
@@ -74,6 +96,47 @@ class EndlessLoad:
             if trace.error:
                 raise LoadError(f"a request failed: {trace.error}")
             trace.ended_s = time.monotonic()
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """Seconds that the threads of these processes have been on a core."""
+    return sum(process_seconds(pid)["on_a_core_s"] for pid in pids)
+
+
+def tokens_within(traces: Iterable[Trace], start_s: float, end_s: float) -> float:
+    """Tokens of the window, those at its edges by the share of their time that lies in it."""
+    return sum(
+        max(0.0, min(after, end_s) - max(before, start_s)) / (after - before)
+        for trace in traces
+        for before, after in zip(trace.times_s, trace.times_s[1:], strict=False)
+        if after > before
+    )
+
+
+def cpu_cost(on: Sequence[float], off: Sequence[float], *, at_most: float) -> dict[str, Any]:
+    """By what share more a token takes with something ``on``, pair by pair: seconds of CPU time.
+
+    Empty where there is no account of it.
+    """
+    costs = [a / b - 1.0 for a, b in zip(on, off, strict=True) if a and b]
+    if not costs:
+        return {}
+    ci95 = interval(costs)
+    return {
+        **summary(costs),
+        "ci95": list(ci95),
+        "ms_per_token": 1e3 * statistics.median(off),
+        "verdict": judge(ci95, len(costs), at_most=at_most),
+    }
+
+
+def cpu_text(cost: dict[str, Any]) -> str:
+    """One line for a person."""
+    low, high = cost["ci95"]
+    return (
+        f"CPU time per token: {cost['median']:+.2%} ({low:+.2%} to {high:+.2%}, {cost['n']} pairs) "
+        f"of {cost['ms_per_token']:.1f} ms: {cost['verdict']}"
+    )
 
 
 def pace(traces: Iterable[Trace], start_s: float, end_s: float) -> float:
@@ -93,8 +156,8 @@ async def alternate(
     sides: tuple[str, str],
     number: int,
     seconds: float,
-) -> dict[str, float]:
-    """Tokens/s of both sides, one after the other; the order changes with ``number``."""
+) -> dict[str, Window]:
+    """A window of both sides, one after the other; the order changes with ``number``."""
     found = {}
     for side in sides if number % 2 == 0 else sides[::-1]:
         await switch(side)
