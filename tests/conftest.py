@@ -25,7 +25,7 @@ import pytest
 
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
-from tests.nursery import Nursery
+from tests.nursery import Nursery, the_nursery
 from tests.pool import Clusters
 from tests.undisturbed import Undisturbed
 from tests.workload import SMALL_LAYERS
@@ -42,11 +42,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
+def nursery() -> Nursery:
     """Starts clusters in 5 s instead of 17."""
-    found = Nursery()
-    yield found
-    found.close()
+    return the_nursery()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,9 @@ its imports done. That a start from nothing works is held by the tests that do n
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import importlib
 import os
 import selectors
@@ -21,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
@@ -98,6 +101,7 @@ class Nursery:
                 [sys.executable, "-m", "tests.nursery", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                cwd=Path(__file__).parents[1],
                 env={**os.environ, MARK: NO_MARK},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
@@ -107,10 +111,12 @@ class Nursery:
         """Like ``Cluster(...)``, not yet started."""
         return _HatchedCluster(self, *args, **options)
 
-    def run(self, arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-        """``tarragon`` with these arguments, to its end. Raises subprocess.TimeoutExpired."""
+    def run(
+        self, function: str, arguments: Sequence[str], timeout_s: float
+    ) -> subprocess.CompletedProcess[str]:
+        """A program, to its end. Raises subprocess.TimeoutExpired."""
         with TemporaryFile() as out, TemporaryFile() as log:
-            process = self.begin(COMMAND_LINE, arguments, os.environ, out, log)
+            process = self.begin(function, arguments, os.environ, out, log)
             try:
                 code = process.wait(timeout_s)
             finally:
@@ -136,6 +142,14 @@ class Nursery:
     def close(self) -> None:
         self._door.close()
         self._process.wait()
+
+
+@functools.cache
+def the_nursery() -> Nursery:
+    """The one of this test process; it imports when it is asked for the first time."""
+    found = Nursery()
+    atexit.register(found.close)
+    return found
 
 
 class _HatchedCluster(Cluster):

@@ -7,11 +7,9 @@ import contextlib
 import json
 import os
 import secrets
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import aiohttp
 import msgspec
 import numpy as np
 from safetensors.numpy import save_file
+from tests.nursery import Hatched, the_nursery
 
 from tarragon.boot import Boot
 from tarragon.cluster import free_ports
@@ -43,10 +42,14 @@ LIMIT_S = 60.0
 HIDDEN, INTERMEDIATE, LAYERS, EXPERTS = 8, 16, 2, 4
 EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 2
 FRAME_BYTES_MAX = 1 << 20
-RUN = (
-    "import sys, msgspec; from tarragon.boot import Boot; from tarragon.orchestrator.process import main; "
-    "main(msgspec.json.decode(sys.stdin.buffer.read(), type=Boot))"
-)
+
+
+def orchestrate(arguments: Sequence[str]) -> int:
+    """What the orchestrator's process runs. The only argument is a Boot as JSON."""
+    from tarragon.orchestrator import process
+
+    process.main(msgspec.json.decode(arguments[0], type=Boot))
+    return 0
 
 
 def make_model(folder: Path) -> str:
@@ -148,11 +151,9 @@ class Cluster:
         self.process = self.launch()
         self._tasks: list[asyncio.Task[None]] = []
 
-    def launch(self) -> subprocess.Popen[bytes]:
-        with tempfile.TemporaryFile() as boot:
-            boot.write(msgspec.json.encode(self.boot))
-            boot.seek(0)
-            return subprocess.Popen([sys.executable, "-c", RUN], stdin=boot, stderr=self.errors)
+    def launch(self) -> Hatched:
+        program, arguments = "tests.cluster.fake_cluster:orchestrate", [msgspec.json.encode(self.boot).decode()]
+        return the_nursery().begin(program, arguments, os.environ, self.errors, self.errors)
 
     async def dial(self, secret: bytes | None = None, address: str | None = None) -> AsyncConnection:
         return await dial_async(

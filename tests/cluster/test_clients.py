@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import openai
 import pytest
+from tests.nursery import Nursery
 from tests.workload import SMALL_LAYERS
 
 from tarragon.cluster import Cluster
@@ -18,15 +18,6 @@ from tarragon.models.demo import ensure_demo_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
 
-# The body of `vllm bench serve`: the engine's wheel cannot run its own command line, which looks for
-# the metadata of a distribution named "vllm".
-BENCH_SERVE = """
-from vllm.benchmarks.serve import add_cli_args, main
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = FlexibleArgumentParser()
-add_cli_args(parser)
-main(parser.parse_args())
-"""
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
 
 
@@ -120,12 +111,26 @@ def test_penalties_change_the_text(client: openai.OpenAI, model_name: str) -> No
     assert ask(0.0) != ask(2.0)
 
 
-def test_vllm_bench_serve_completes(cluster: Cluster, model_name: str, tmp_path: Path) -> None:
-    result = subprocess.run(
+def bench_serve(arguments: Sequence[str]) -> int:
+    """The body of `vllm bench serve`: the engine's wheel cannot run its own command line.
+
+    That looks for the metadata of a distribution named "vllm".
+    """
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    main(parser.parse_args(list(arguments)))
+    return 0
+
+
+def test_vllm_bench_serve_completes(
+    cluster: Cluster, nursery: Nursery, model_name: str, tmp_path: Path
+) -> None:
+    result = nursery.run(
+        "tests.cluster.test_clients:bench_serve",
         [
-            sys.executable,
-            "-c",
-            BENCH_SERVE,
             f"--base-url={cluster.url}",
             "--backend=openai",
             f"--model={model_name}",
@@ -138,10 +143,7 @@ def test_vllm_bench_serve_completes(cluster: Cluster, model_name: str, tmp_path:
             f"--result-dir={tmp_path}",
             "--result-filename=result.json",
         ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+        240,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads((tmp_path / "result.json").read_text())

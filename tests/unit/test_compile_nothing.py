@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Sequence
 
-COUNT = """
-import torch
-from torch._dynamo.utils import counters
-from tarragon.attention.engine import compile_nothing
-from vllm.v1.sample.ops.logprobs import batched_count_greater_than
-
-compile_nothing()
-logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 5.0]])
-print(batched_count_greater_than(logits, torch.tensor([[2.0], [0.0]])).tolist(), dict(counters["frames"]))
-"""
+from tests.nursery import Nursery
 
 
-def test_log_probs_compile_nothing() -> None:
-    """A process of its own: the switch is for all of it."""
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT], capture_output=True, text=True, timeout=200, check=True
-    )
-    assert done.stdout.strip() == "[2, 3] {}", done.stdout
+def count(_arguments: Sequence[str]) -> int:
+    """In a process of its own, as the switch is for all of it: print ranks and what was compiled for them."""
+    import torch
+    from torch._dynamo.utils import counters
+    from vllm.v1.sample.ops.logprobs import batched_count_greater_than
+
+    from tarragon.attention.engine import compile_nothing
+
+    compile_nothing()
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 5.0]])
+    ranks = batched_count_greater_than(logits, torch.tensor([[2.0], [0.0]]))
+    print(ranks.tolist(), dict(counters["frames"]))
+    return 0
+
+
+def test_log_probs_compile_nothing(nursery: Nursery) -> None:
+    done = nursery.run("tests.unit.test_compile_nothing:count", [], 200)
+    assert (done.returncode, done.stdout.strip()) == (0, "[2, 3] {}"), done

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
@@ -80,7 +81,7 @@ class _Target:
         self._config = boot.config
         self._loop = asyncio.get_running_loop()
         self._channel: ProbeChannel | None = None
-        self._opening: asyncio.Task[ProbeChannel] | None = None
+        self._opening: asyncio.Future[ProbeChannel] | None = None
         self._open_at_us = 0
         self._watch = _patient(self._config, peer, _now_us())
         self._asking = False
@@ -130,7 +131,7 @@ class _Target:
             self._channel.close()
             self._channel = None
         if self._channel is None and self._opening is None and now_us >= self._open_at_us:
-            self._opening = self._loop.create_task(asyncio.to_thread(self._dial))
+            self._opening = _in_thread(self._loop, self._dial)
         return self._channel
 
     def _take_opened(self, now_us: int) -> None:
@@ -160,7 +161,32 @@ class _Target:
             self._opening.add_done_callback(_close_late)
 
 
-def _close_late(opening: asyncio.Task[ProbeChannel]) -> None:
+def _in_thread(
+    loop: asyncio.AbstractEventLoop, dial: Callable[[], ProbeChannel]
+) -> asyncio.Future[ProbeChannel]:
+    """Run ``dial`` in a thread that the process's end does not wait for: it may take seconds to fail."""
+    future: asyncio.Future[ProbeChannel] = loop.create_future()
+
+    def finish(outcome: ProbeChannel | Exception) -> None:
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    def run() -> None:
+        outcome: ProbeChannel | Exception
+        try:
+            outcome = dial()
+        except Exception as error:
+            outcome = error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(finish, outcome)
+
+    threading.Thread(target=run, name="probe-dial", daemon=True).start()
+    return future
+
+
+def _close_late(opening: asyncio.Future[ProbeChannel]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         opening.result().close()
 
