@@ -152,8 +152,8 @@ class Cluster:
         self._tasks: list[asyncio.Task[None]] = []
 
     def launch(self) -> Hatched:
-        program, arguments = "tests.cluster.fake_cluster:orchestrate", [msgspec.json.encode(self.boot).decode()]
-        return the_nursery().begin(program, arguments, os.environ, self.errors, self.errors)
+        program, boot = "tests.cluster.fake_cluster:orchestrate", msgspec.json.encode(self.boot).decode()
+        return the_nursery().begin(program, [boot], os.environ, self.errors, self.errors)
 
     async def dial(self, secret: bytes | None = None, address: str | None = None) -> AsyncConnection:
         return await dial_async(
