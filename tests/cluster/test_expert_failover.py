@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 def test_a_killed_expert_worker_changes_no_stream(
     cluster: Cluster, model_name: str, undisturbed: Undisturbed, victim: str
 ) -> None:
-    bodies = mixed_requests(8, seed=5, vocabulary=40_000, long_tokens=300, output_tokens=96)
+    bodies = mixed_requests(8, seed=5, vocabulary=40_000, long_tokens=300, output_tokens=64)
     wanted = undisturbed.answers(cluster, model_name, bodies)
     cluster.wait_for("full_capacity", 120)
     pids = cluster.pids()
@@ -90,7 +90,7 @@ def test_a_budget_that_covers_half_of_the_experts(
     shape = read_model(ensure_demo_model(layers=SMALL_LAYERS))
     primaries = shape.experts_total * shape.expert_bytes // 3
     tight = clusters.get(2, 3, expert_memory_bytes_max=int(1.55 * primaries))
-    bodies = mixed_requests(8, seed=6, vocabulary=40_000, long_tokens=200, output_tokens=96)
+    bodies = mixed_requests(8, seed=6, vocabulary=40_000, long_tokens=200, output_tokens=64)
     wanted = undisturbed.answers(tight, model_name, bodies)
     experts = tight.wait_for("full_capacity", 120)["experts"]
     assert 0 < experts["with_shadow"] < experts["total"], experts

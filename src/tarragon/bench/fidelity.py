@@ -10,8 +10,10 @@ itself: its log-probs move with the batch a request is in. So that is the measur
   most of them; the positions that do move are what is compared.
 * vLLM in float32 stands for the model's own values: are we as near to them as vLLM is?
 * Greedy: 64 tokens after each of the same texts' beginnings: how far do two runs agree, and with float32?
+* With --compiled: vLLM as it compiles itself by default, against itself as it runs eagerly. It is the same
+  engine with the same weights, so this too is how far apart two correct runs may be.
 
-The peer runs eagerly: compiling it takes minutes and changes nothing here.
+Otherwise the peer runs eagerly: compiling it takes minutes.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ REVERSED: Final = "vLLM, in reverse"
 REFERENCE: Final = "vLLM in float32"
 SMALL_CHUNKS: Final = f"vLLM, chunks of {CHUNK_TOKENS}"
 AS_DECODED: Final = "vLLM, token by token"
+COMPILED: Final = "vLLM, compiled"
 QUANTILES: Final = {"median": 0.5, "p99": 0.99, "max": 1.0}
 FARTHER_MAX: Final = 1.1
 """So many times as far from float32 as vLLM may we be, with the whole interval."""
@@ -75,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help=f"{QUICK_LAYERS} layers, large chunks only")
     options.add_argument("--texts", type=int, default=32)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--compiled", action="store_true", help="ask vLLM in its compiled mode too")
     options.add_argument("--no-reference", action="store_true", help="leave vLLM in float32 out")
     options.add_argument(
         "--answers", type=Path, help="folder that keeps answers: a run that was broken off goes on from there"
@@ -149,6 +153,9 @@ def collect(model: Path, options: argparse.Namespace, answers: Path) -> dict[str
     if not options.quick and wanted(AS_DECODED):
         with vllm(model, "--max-num-batched-tokens=1", "--max-num-seqs=1") as url:
             ask(AS_DECODED, url, "model", 1)
+    if options.compiled and wanted(COMPILED):
+        with vllm(model, eager=False) as url:
+            ask(COMPILED, url, "model", 1)
     if not options.no_reference and wanted(REFERENCE):
         with vllm(model, "--dtype=float32") as url:
             ask(REFERENCE, url, "model", 1)
@@ -156,9 +163,10 @@ def collect(model: Path, options: argparse.Namespace, answers: Path) -> dict[str
 
 
 @contextlib.contextmanager
-def vllm(model: Path, *flags: str) -> Iterator[str]:
-    """Monolithic vLLM, eager and without prefix caching; yields its base URL."""
-    common = ("--enforce-eager", "--no-enable-prefix-caching", f"--max-model-len={MAX_MODEL_LEN}")
+def vllm(model: Path, *flags: str, eager: bool = True) -> Iterator[str]:
+    """Monolithic vLLM without prefix caching; yields its base URL."""
+    common = ["--no-enable-prefix-caching", f"--max-model-len={MAX_MODEL_LEN}"]
+    common += ["--enforce-eager"] if eager else []
     with MonolithicVllm(model, *common, *flags) as peer:
         yield peer.url
 
@@ -227,7 +235,7 @@ def prompt_judgement(
 
 def compare(runs: dict[str, list[Text]]) -> dict[str, Any]:
     """Distances of every pair of runs, and whether ours lie within vLLM's own spread."""
-    peers = [name for name in runs if name not in (OURS, OURS_ALONE, REFERENCE)]
+    peers = [name for name in runs if name not in (OURS, OURS_ALONE, REFERENCE, COMPILED)]
     own = {f"{a} | {b}": distance(runs[a], runs[b]) for a, b in itertools.combinations(peers, 2)}
     ours = {f"{OURS} | {peer}": distance(runs[OURS], runs[peer]) for peer in peers}
     metrics: dict[str, Any] = {
@@ -236,6 +244,8 @@ def compare(runs: dict[str, list[Text]]) -> dict[str, Any]:
         "tarragon_with_vllm": ours,
         "tarragon_with_itself": distance(runs[OURS], runs[OURS_ALONE]),
     }
+    if COMPILED in runs:
+        metrics["compiled_with_eager"] = distance(runs[COMPILED], runs[ALONE])
     if REFERENCE in runs:
         metrics["from_float32"] = {
             name: distance(found, runs[REFERENCE]) for name, found in runs.items() if name != REFERENCE
@@ -293,7 +303,8 @@ def verdict(metrics: dict[str, Any]) -> dict[str, bool]:
     if "from_float32" in metrics:
         far, ratio = metrics["from_float32"], metrics["farther_than_vllm"]
         checks["as_near_to_float32"] = judge(ratio["ci95"], ratio["n"], at_most=FARTHER_MAX) == "holds"
-        least = min(far[name]["tokens_before_difference"] for name in far if name not in (OURS, OURS_ALONE))
+        eager = [name for name in far if name not in (OURS, OURS_ALONE, COMPILED)]
+        least = min(far[name]["tokens_before_difference"] for name in eager)
         checks["greedy_agrees_with_float32_no_less"] = far[OURS]["tokens_before_difference"] >= least
     return {**checks, "all": all(checks.values())}
 
@@ -316,6 +327,7 @@ def report(metrics: dict[str, Any]) -> str:
         **metrics["vllm_with_itself"],
         **metrics["tarragon_with_vllm"],
         f"{OURS} | {OURS_ALONE}": metrics["tarragon_with_itself"],
+        **({f"{COMPILED} | {ALONE}": compiled} if (compiled := metrics.get("compiled_with_eager")) else {}),
         **{f"{name} | {REFERENCE}": found for name, found in metrics.get("from_float32", {}).items()},
     }
     rows = [[name, *(found[column] for column in columns)] for name, found in pairs.items()]
