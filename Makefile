@@ -33,7 +33,7 @@ campaign: setup
 	for kind in $(KINDS); do \
 	    $(BIN)/tarragon bench sametext --kind $$kind --json build/campaign/sametext-$$kind.json || exit 1; \
 	done
-	$(BIN)/tarragon bench fidelity --texts 12 --answers build/campaign/fidelity --json build/campaign/fidelity.json --plot build/campaign/fidelity.png
+	$(BIN)/tarragon bench fidelity --texts 12 --compiled --answers build/campaign/fidelity --json build/campaign/fidelity.json --plot build/campaign/fidelity.png
 	TARRAGON_CAMPAIGN_ROUNDS=100 $(BIN)/python -m pytest tests/cluster/test_campaign.py
 	$(BIN)/tarragon bench soak --json build/campaign/soak.json
 	$(BIN)/tarragon simulate --seeds 1000 --json build/campaign/simulate.json
