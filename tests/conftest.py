@@ -5,7 +5,7 @@
 ``clusters.get(attention_workers, expert_workers, *flags, **settings)``
     Other numbers of workers, vLLM flags, or settings of Config. The same flags and settings give the same
     cluster again, with workers added or drained.
-``nursery.cluster(...)``
+``forkserver.cluster(...)``
     Like ``Cluster(...)``, with torch and vLLM imported before: for a model or an environment of your own.
 ``undisturbed``
     What requests to these clusters are answered when nothing happens, asked once.
@@ -25,7 +25,7 @@ import pytest
 
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
-from tests.nursery import Nursery, the_nursery
+from tests.forkserver import ForkServer, the_forkserver
 from tests.pool import Clusters
 from tests.undisturbed import Undisturbed
 from tests.workload import SMALL_LAYERS
@@ -42,14 +42,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Nursery:
+def forkserver() -> ForkServer:
     """Starts clusters in 5 s instead of 17."""
-    return the_nursery()
+    return the_forkserver()
 
 
 @pytest.fixture(scope="session")
-def cluster_pool(nursery: Nursery) -> Iterator[Clusters]:
-    pool = Clusters(ensure_demo_model(layers=SMALL_LAYERS), nursery)
+def cluster_pool(forkserver: ForkServer) -> Iterator[Clusters]:
+    pool = Clusters(ensure_demo_model(layers=SMALL_LAYERS), forkserver)
     yield pool
     pool.end_all()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tarragon.cluster import Cluster, ClusterError
-from tests.nursery import Nursery
+from tests.forkserver import ForkServer
 
 LOG_CHARACTERS = 20_000
 """Of the end of a cluster's log, for a test that failed."""
@@ -32,9 +32,9 @@ FLAGS = (
 class Clusters:
     """Running clusters by what they were started with, their numbers of workers apart: those can change."""
 
-    def __init__(self, model: Path, nursery: Nursery) -> None:
+    def __init__(self, model: Path, forkserver: ForkServer) -> None:
         self._model = model
-        self._nursery = nursery
+        self._forkserver = forkserver
         self._running: dict[Any, Cluster] = {}
         self._lent: list[Any] = []
 
@@ -57,7 +57,7 @@ class Clusters:
                 "report_interval_ms": REPORT_INTERVAL_MS,
                 **settings,
             }
-            running = self._nursery.cluster(
+            running = self._forkserver.cluster(
                 self._model, attention_workers, expert_workers, engine_args=(*FLAGS, *flags), **settings
             )
             running.start()

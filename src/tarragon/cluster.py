@@ -131,6 +131,7 @@ class Cluster:
             raise
 
     def _launch(self) -> subprocess.Popen[bytes]:
+        """Begin the first process; our own tests have a quicker way to."""
         return subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import openai
 import pytest
-from tests.nursery import Hatched, Nursery
+from tests.forkserver import Forked, ForkServer
 
 from tarragon.boot import Boot, socket_address
 from tarragon.cluster import free_ports
@@ -167,7 +166,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Gateway:
-    def __init__(self, stage: Stage, process: Hatched, http: httpx.Client) -> None:
+    def __init__(self, stage: Stage, process: Forked, http: httpx.Client) -> None:
         self.stage, self.process, self.http = stage, process, http
         self.openai = openai.OpenAI(
             base_url=f"{str(http.base_url).rstrip('/')}/v1", api_key=KEY, max_retries=0, timeout=WAIT_S
@@ -186,7 +185,7 @@ class Gateway:
 
 
 @pytest.fixture(scope="module")
-def gateway(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def gateway(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()
     vocabulary = make_model(folder)
@@ -210,8 +209,7 @@ def gateway(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Itera
     )
     stage = Stage(boot, vocabulary)
     with (folder.parent / "log").open("w") as log:
-        program, arguments = "tests.api.gateway_program:main", [msgspec.json.encode(boot).decode()]
-        process = nursery.begin(program, arguments, os.environ, log, log)
+        process = forkserver.worker(boot, log)
     with httpx.Client(
         base_url=f"http://127.0.0.1:{boot.config.port}",
         headers={"authorization": f"Bearer {KEY}"},

@@ -9,7 +9,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 import numpy as np
 from safetensors.numpy import save_file
-from tests.nursery import Hatched, the_nursery
+from tests.forkserver import Forked, the_forkserver
 
 from tarragon.boot import Boot
 from tarragon.cluster import free_ports
@@ -42,14 +42,6 @@ LIMIT_S = 60.0
 HIDDEN, INTERMEDIATE, LAYERS, EXPERTS = 8, 16, 2, 4
 EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 2
 FRAME_BYTES_MAX = 1 << 20
-
-
-def orchestrate(arguments: Sequence[str]) -> int:
-    """What the orchestrator's process runs. The only argument is a Boot as JSON."""
-    from tarragon.orchestrator import process
-
-    process.main(msgspec.json.decode(arguments[0], type=Boot))
-    return 0
 
 
 def make_model(folder: Path) -> str:
@@ -151,9 +143,8 @@ class Cluster:
         self.process = self.launch()
         self._tasks: list[asyncio.Task[None]] = []
 
-    def launch(self) -> Hatched:
-        program, boot = "tests.cluster.fake_cluster:orchestrate", msgspec.json.encode(self.boot).decode()
-        return the_nursery().begin(program, [boot], os.environ, self.errors, self.errors)
+    def launch(self) -> Forked:
+        return the_forkserver().worker(self.boot, self.errors)
 
     async def dial(self, secret: bytes | None = None, address: str | None = None) -> AsyncConnection:
         return await dial_async(

@@ -7,11 +7,14 @@ before.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import httpx
+import requests
 
+from tarragon.admin import AdminError
 from tarragon.cluster import Cluster
 
 POLL_S = 0.05
@@ -31,6 +34,17 @@ def replaced(cluster: Cluster, pids: Mapping[str, int], *victims: str) -> dict[s
         if all(now.get(victim) != pids[victim] for victim in victims):
             return status
         assert time.monotonic() < deadline_s, f"the fault did not happen: {victims} of {now}"
+        time.sleep(POLL_S)
+
+
+def until(what: str, holds: Callable[[], bool], timeout_s: float = REPORTED_S) -> None:
+    """Wait until ``holds``; who cannot be asked has not. AssertionError with ``what`` after that time."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        with suppress(AdminError, httpx.HTTPError, requests.RequestException):
+            if holds():
+                return
+        assert time.monotonic() < deadline_s, what
         time.sleep(POLL_S)
 
 

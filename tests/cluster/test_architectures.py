@@ -9,7 +9,7 @@ import pytest
 from tests.cluster.observe import replaced
 from tests.cluster.test_attention_failover import Once, assert_same
 from tests.cluster.test_same_text import assert_all_took_part
-from tests.nursery import Nursery
+from tests.forkserver import ForkServer
 from tests.pool import resize
 from tests.streams import Reading, read_all
 from tests.workload import mixed_requests, random_checkpoint
@@ -29,14 +29,14 @@ REQUESTS = 10
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_tokens_alone_in_company_elsewhere_and_after_deaths(
-    kind: str, nursery: Nursery, tmp_path: Path
+    kind: str, forkserver: ForkServer, tmp_path: Path
 ) -> None:
     folder = random_checkpoint(kind, tmp_path / kind)
     bodies = mixed_requests(
         REQUESTS, seed=2, vocabulary=2_000, long_tokens=LONG_TOKENS, output_tokens=OUTPUT_TOKENS
     )
     assert max(len(body["prompt"]) for body in bodies) == LONG_TOKENS
-    with nursery.cluster(folder, 2, 2, engine_args=FLAGS, kv_cache_bytes=256 << 20) as cluster:
+    with forkserver.cluster(folder, 2, 2, engine_args=FLAGS, kv_cache_bytes=256 << 20) as cluster:
         status = cluster.status()
         assert status["exact"], status["exact_reason"]
         together = read_all(cluster.url, folder.name, bodies)

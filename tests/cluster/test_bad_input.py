@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import requests
-from tests.nursery import COMMAND_LINE, Nursery
+from tests.forkserver import COMMAND_LINE, ForkServer
 from tests.pool import CONTEXT_TOKENS
 
 from tarragon.cluster import Cluster, free_ports
@@ -113,12 +113,12 @@ def test_a_port_in_use(cluster: Cluster, tmp_path: Path) -> None:
     _one_sentence(_serve(str(folder), f"--port={port}"), port)
 
 
-def test_a_flag_that_does_not_apply_is_refused_by_name(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_flag_that_does_not_apply_is_refused_by_name(forkserver: ForkServer, tmp_path: Path) -> None:
     """One that vLLM has; tests/unit/test_gateway_flags.py goes through all of them, and those nobody has."""
     folder = make_checkpoint("mixtral", tmp_path / "m")
     ports = [f"--{name}={port}" for name, port in zip(("port", "admin-port"), free_ports(2), strict=True)]
     arguments = ["serve", str(folder), *ports, "--enable-lora"]
-    _one_sentence(nursery.run(COMMAND_LINE, arguments, TIMEOUT_S), "lora")
+    _one_sentence(forkserver.run(COMMAND_LINE, arguments, TIMEOUT_S), "lora")
 
 
 def test_quantised_experts_are_refused(tmp_path: Path) -> None:

@@ -6,13 +6,11 @@ import json
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from tests.cluster.observe import is_open
+from tests.cluster.observe import is_open, until
 from tests.pool import CONTEXT_TOKENS
 
 from tarragon.admin import AdminError
@@ -71,13 +69,6 @@ class Reader(threading.Thread):
             self.tokens += event["choices"][0].get("token_ids") or []
 
 
-def until(done: Callable[[], bool], what: str) -> None:
-    end_s = time.monotonic() + BACK_S
-    while not done():
-        assert time.monotonic() < end_s, what
-        time.sleep(0.05)
-
-
 def is_back(cluster: Cluster, worker_id: str, pid: int) -> bool:
     """Whether another process is this worker, and nothing is missing."""
     try:
@@ -94,13 +85,21 @@ def test_every_process_but_the_gateway_is_killed_in_turn(cluster: Cluster, model
     reader.start()
     for victim in IN_TURN:
         seen = len(reader.tokens)
-        until(lambda seen=seen: len(reader.tokens) > seen + 5, f"no token came before {victim} was killed")
+        until(
+            f"no token came before {victim} was killed",
+            lambda seen=seen: len(reader.tokens) > seen + 5,
+            BACK_S,
+        )
         pid = cluster.pids()[victim]
         os.kill(pid, signal.SIGKILL)
-        until(lambda victim=victim, pid=pid: is_back(cluster, victim, pid), f"{victim} did not come back")
+        until(
+            f"{victim} did not come back",
+            lambda victim=victim, pid=pid: is_back(cluster, victim, pid),
+            BACK_S,
+        )
         assert reader.is_alive(), f"the stream ended with {victim}: {reader.fault}"
     seen = len(reader.tokens)
-    until(lambda: len(reader.tokens) > seen + 5, "no token came in the end")
+    until("no token came in the end", lambda: len(reader.tokens) > seen + 5, BACK_S)
     reader.stopping = True
     reader.join(BACK_S)
     assert not reader.fault
@@ -130,13 +129,13 @@ def test_the_gateways_death_is_an_error_and_service_returns(cluster: Cluster, mo
     cluster.wait_for("protected", BACK_S)
     reader = Reader(cluster.url, model_name, 900)
     reader.start()
-    until(lambda: len(reader.tokens) > 5, "no token came")
+    until("no token came", lambda: len(reader.tokens) > 5, BACK_S)
     pid = cluster.pids()["gateway"]
     os.kill(pid, signal.SIGKILL)
     reader.join(BACK_S)
     assert not reader.is_alive()
     assert reader.fault, "a stream that is cut off must not look complete"
-    until(lambda: is_back(cluster, "gateway", pid), "the gateway did not come back")
+    until("the gateway did not come back", lambda: is_back(cluster, "gateway", pid), BACK_S)
     # It is healthy before its first link to an attention worker is up; until then it refuses requests.
-    until(lambda: is_open(cluster), "the gateway takes no requests")
+    until("the gateway takes no requests", lambda: is_open(cluster), BACK_S)
     assert_same_again(cluster, model_name, reader.tokens)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from tests.nursery import Nursery
+from tests.forkserver import ForkServer
 from tests.workload import SMALL_LAYERS
 
 from tarragon.cluster import Cluster
@@ -126,9 +126,9 @@ def bench_serve(arguments: Sequence[str]) -> int:
 
 
 def test_vllm_bench_serve_completes(
-    cluster: Cluster, nursery: Nursery, model_name: str, tmp_path: Path
+    cluster: Cluster, forkserver: ForkServer, model_name: str, tmp_path: Path
 ) -> None:
-    result = nursery.run(
+    result = forkserver.run(
         "tests.cluster.test_clients:bench_serve",
         [
             f"--base-url={cluster.url}",

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from tests.cluster.observe import fresh, replaced
+from tests.cluster.observe import fresh, replaced, until
 from tests.pool import Clusters, resize
 from tests.undisturbed import Undisturbed
 from tests.workload import SMALL_LAYERS, Answer, ask, differing, mixed_requests
@@ -63,9 +63,7 @@ def test_those_left_take_over_the_cores_of_one_that_left(clusters: Clusters, mod
     before = threads()
     resize(cluster, {"expert": 1})
     assert list_of(cluster, "expert") == ["ew-0"]
-    deadline_s = time.monotonic() + 30
-    while threads() != before + alone - shared:
-        assert time.monotonic() < deadline_s, f"{threads()} threads after {before}"
+    until(f"not {alone - shared} threads more than {before}", lambda: threads() == before + alone - shared)
 
 
 def list_of(cluster: Cluster, role: str) -> list[str]:

@@ -10,12 +10,12 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from tests.cluster.observe import fresh, replaced
+from tests.cluster.observe import fresh, replaced, until
 from tests.pool import Clusters
 from tests.undisturbed import Undisturbed
 from tests.workload import Answer, ask, differing, mixed_requests
@@ -49,13 +49,6 @@ def events(cluster: Cluster, worker_id: str, kind: str) -> list[str]:
     return [event["text"] for event in found if (event["worker_id"], event["kind"]) == (worker_id, kind)]
 
 
-def wait_until(what: str, holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, what
-        time.sleep(0.02)
-
-
 @contextlib.contextmanager
 def under_load(cluster: Cluster, model_name: str, worker_id: str) -> Iterator[list[Answer]]:
     """BODIES run beside the block, which begins when the worker computes for them."""
@@ -65,7 +58,7 @@ def under_load(cluster: Cluster, model_name: str, worker_id: str) -> Iterator[li
     )
     before = fresh(cluster, worker_id)[worker_id]["batches"]  # all of older load
     reader.start()
-    wait_until(
+    until(
         "the load reached nobody", lambda: worker(cluster, worker_id)["counters"].get("batches", 0) > before
     )
     yield answers
@@ -87,14 +80,14 @@ def test_a_stopped_expert_worker_changes_no_stream_and_its_return_does_no_harm(
     before = worker(cluster, "ew-1")
     with under_load(cluster, model_name, "ew-1") as answers:
         cluster.kill("ew-1", "SIGSTOP")
-        wait_until("it was not replaced", lambda: worker(cluster, "ew-1")["epoch"] != before["epoch"], 10)
+        until("it was not replaced", lambda: worker(cluster, "ew-1")["epoch"] != before["epoch"], 10)
         # It wakes while the others go on with what it had: its epoch is stale, and nobody listens to it.
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(before["pid"]), signal.SIGCONT)
     assert differing(answers, wanted) == []
     assert any("unanswered" in cause for cause in events(cluster, "ew-1", "dead")), "no probe found it"
     cluster.wait_for("full_capacity", 120)
-    wait_until("the old process is still there", lambda: is_gone(int(before["pid"])), 15)
+    until("the old process is still there", lambda: is_gone(int(before["pid"])), 15)
     assert differing(ask(cluster.url, model_name, BODIES, concurrency=8), wanted) == []
 
 
@@ -130,9 +123,9 @@ def test_a_cut_link_is_the_matter_of_its_two_ends(
     with under_load(cluster, model_name, "ew-2") as answers:
         assert cut(before["ew-2"][0], before["aw-0"][0]) == 2, "the data link and the probes"
     assert differing(answers, wanted) == []
-    wait_until("no link was lost", lambda: worker(cluster, "aw-0")["counters"]["links_lost"] == lost + 1)
+    until("no link was lost", lambda: worker(cluster, "aw-0")["counters"]["links_lost"] == lost + 1)
     # Both attention workers and the orchestrator: the two ends have found each other again.
-    wait_until("they stay apart", lambda: worker(cluster, "ew-2")["counters"]["probe_channels"] == 3)
+    until("they stay apart", lambda: worker(cluster, "ew-2")["counters"]["probe_channels"] == 3)
     after = {entry["id"]: (entry["pid"], entry["epoch"]) for entry in cluster.status()["workers"]}
     assert (after, events(cluster, "ew-2", "dead")) == (before, dead)
     assert worker(cluster, "ew-2")["state"] == "healthy"
@@ -156,8 +149,8 @@ def test_one_that_hangs_without_traffic_is_found_and_replaced(cluster: Cluster, 
     cluster.wait_for("full_capacity", 120)
     before = worker(cluster, victim)
     cluster.kill(victim, "SIGSTOP")
-    wait_until("nobody noticed", lambda: worker(cluster, victim)["epoch"] > before["epoch"], 10)
-    wait_until("the old process is still there", lambda: is_gone(int(before["pid"])), 15)
+    until("nobody noticed", lambda: worker(cluster, victim)["epoch"] > before["epoch"], 10)
+    until("the old process is still there", lambda: is_gone(int(before["pid"])), 15)
 
 
 def test_the_last_replica_lost_is_a_503_after_the_limit_and_later_requests_are_served(
@@ -178,10 +171,10 @@ def test_the_last_replica_lost_is_a_503_after_the_limit_and_later_requests_are_s
     replaced(alone, pids, "ew-0")
     # Full capacity is what the orchestrator knows; with so short a limit the attention worker must know too,
     # and have its link.
-    wait_until(
+    until(
         "aw-0 goes by an old table",
         lambda: worker(alone, "aw-0")["ert_version"] == alone.status()["ert_version"],
     )
-    wait_until("later requests are not served", lambda: post(max_tokens=1).status_code == 200)
+    until("later requests are not served", lambda: post(max_tokens=1).status_code == 200)
     assert worker(alone, "aw-0")["pid"] == pids["aw-0"], "the attention worker died of it"
     assert differing(ask(alone.url, model_name, BODIES[:4], concurrency=4), wanted) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 
 import pytest
 import requests
+from tests.cluster.observe import until
 from tests.pool import Clusters
 
 from tarragon.cluster import Cluster
-from tarragon.gateway.grammar_line import TITLE
+from tarragon.gateway.grammar_standby import TITLE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -71,10 +71,7 @@ def test_the_processes_that_try_grammars_may_die(
         os.kill(pid, number)
         texts = answers(cluster, model_name, {"type": "string", "pattern": f"^[xyz]{{{letters}}}$"})
         assert len(json.loads(texts[0])) == letters
-    deadline_s = time.monotonic() + 60
-    while len(after := set(helpers(cluster)) - set(before)) != 2:
-        assert time.monotonic() < deadline_s, (before, after)
-        time.sleep(0.05)
+    until(f"no two others than {before}", lambda: len(set(helpers(cluster)) - set(before)) == 2)
 
 
 def test_grammars_of_two_backends_beside_each_other(clusters: Clusters, model_name: str) -> None:

@@ -8,9 +8,7 @@ import os
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -18,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from tests.cluster.observe import replaced
+from tests.cluster.observe import replaced, until
 from tests.workload import SMALL_LAYERS
 
 from tarragon.admin import AdminError
@@ -287,7 +285,7 @@ def served_anew(guarded: Guarded) -> dict[str, int]:
     guarded.cluster.kill("gateway")
     guarded.cluster.kill("orchestrator")
     replaced(guarded.cluster, before, "gateway", "orchestrator")
-    wait_for(lambda: guarded.ask("GET", "/health").status_code == 200, "gateway")
+    until("no gateway", lambda: guarded.ask("GET", "/health").status_code == 200)
 
     def admin(key: str) -> int:
         return guarded.admin("GET", "/status", headers={"Authorization": f"Bearer {key}"}).status_code
@@ -298,16 +296,6 @@ def served_anew(guarded: Guarded) -> dict[str, int]:
         "old admin": admin(ADMIN_KEY),
         "new admin": admin(NEW_KEYS["admin"]),
     }
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + 60
-    while True:
-        with suppress(requests.RequestException):
-            if condition():
-                return
-        assert time.monotonic() < deadline_s, f"no {what}"
-        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------ without keys

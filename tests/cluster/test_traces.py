@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.nursery import Nursery
+from tests.forkserver import ForkServer
 from tests.otlp import Receiver, receiver
 from tests.workload import SMALL_LAYERS
 
@@ -31,9 +31,9 @@ def collector() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="module")
-def traced(collector: Receiver, nursery: Nursery) -> Iterator[Cluster]:
+def traced(collector: Receiver, forkserver: ForkServer) -> Iterator[Cluster]:
     environ = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
-    with nursery.cluster(
+    with forkserver.cluster(
         ensure_demo_model(layers=SMALL_LAYERS),
         2,
         2,

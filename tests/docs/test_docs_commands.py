@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,12 @@ from typing import Any
 import httpx
 import pytest
 import typer
-from tests.cluster.observe import is_open
+from tests.cluster.observe import is_open, until
 from tests.docs_pages import PAGES, ROOT, Command, all_commands, inline_code, name_of
 from tests.pool import Clusters
 from tests.workload import SMALL_LAYERS
 
 from tarragon import cli
-from tarragon.admin import AdminError
 from tarragon.agent import preflight
 from tarragon.cluster import Cluster
 from tarragon.config import Config
@@ -207,19 +205,8 @@ def test_flags_in_the_text_exist(page: Path) -> None:
 def cluster(clusters: Clusters) -> Cluster:
     """One whose workers may be told where to die, and which takes requests."""
     running = clusters.get(2, 2, failpoints=True)
-    until(lambda: is_open(running), "the gateway takes no requests", WHOLE_TIMEOUT_S)
+    until("the gateway takes no requests", lambda: is_open(running), WHOLE_TIMEOUT_S)
     return running
-
-
-def until(done: Callable[[], bool], what: str, timeout_s: float) -> None:
-    """Wait until ``done``; who cannot be asked has not."""
-    end_s = time.monotonic() + timeout_s
-    while True:
-        with contextlib.suppress(AdminError, httpx.HTTPError):
-            if done():
-                return
-        assert time.monotonic() < end_s, what
-        time.sleep(POLL_S)
 
 
 def as_here(text: str, cluster: Cluster, model: Path) -> str:
@@ -259,7 +246,7 @@ def test_commands_work(command: Command, cluster: Cluster, model: Path, folder: 
         body = {"prompt": "Once upon a time", "max_tokens": 8}
         assert httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60).status_code == 200
     if _CHANGES.search(command.text):
-        until(lambda: cluster.pids() != before, f"nothing happened: {command.text}", WHOLE_TIMEOUT_S)
+        until(f"nothing happened: {command.text}", lambda: cluster.pids() != before, WHOLE_TIMEOUT_S)
 
 
 @those("terminal")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.nursery import Nursery
+from tests.forkserver import ForkServer
 
 
 def count(_arguments: Sequence[str]) -> int:
@@ -22,6 +22,6 @@ def count(_arguments: Sequence[str]) -> int:
     return 0
 
 
-def test_log_probs_compile_nothing(nursery: Nursery) -> None:
-    done = nursery.run("tests.unit.test_compile_nothing:count", [], 200)
+def test_log_probs_compile_nothing(forkserver: ForkServer) -> None:
+    done = forkserver.run("tests.unit.test_compile_nothing:count", [], 200)
     assert (done.returncode, done.stdout.strip()) == (0, "[2, 3] {}"), done

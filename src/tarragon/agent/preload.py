@@ -24,7 +24,7 @@ PRELOAD_MODULES: Final[tuple[str, ...]] = (
     "vllm.v1.engine.core",
     "vllm.entrypoints.openai.api_server",
     "vllm.entrypoints.launchers.api_server.entry",
-    # These the engine would import when it starts: a second of every worker's start.
+    # These the engine would import when it starts: more than half a second of every worker's start.
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.worker.cpu_model_runner",
     "vllm.v1.executor.uniproc_executor",

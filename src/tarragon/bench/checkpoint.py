@@ -85,25 +85,25 @@ def main(argv: list[str]) -> int:
 async def _measure(
     options: argparse.Namespace, model: Path, cluster: Cluster, schemes: list[str], bar: Bar
 ) -> dict[str, Any]:
-    rates: dict[str, list[Window]] = {scheme: [] for scheme in schemes}
+    rounds: dict[str, list[Window]] = {scheme: [] for scheme in schemes}
     pairs: dict[str, list[Window]] = {"none": [], "segments": []}
     account: dict[str, float] = {}
     rng = random.Random(0)
-    pids = cluster.processes()
+    pids = [cluster.agent_pid, *cluster.pids().values()]
     load = EndlessLoad(cluster.url, model.name, random_workload(model), options.concurrency, pids)
 
     async with load:
         for number in range(options.rounds):
             bar.doing(f"round {number + 1} of {options.rounds}")
             for scheme in rng.sample(schemes, len(schemes)):
-                rates[scheme].append(await _window(cluster, load, scheme, options.window_s, account))
+                rounds[scheme].append(await _window(cluster, load, scheme, options.window_s, account))
                 bar.done(options.window_s)
         for number in range(options.pair_rounds):
             bar.doing(f"pair {number + 1} of {options.pair_rounds}")
             for scheme in ("none", "segments") if number % 2 == 0 else ("segments", "none"):
                 pairs[scheme].append(await _window(cluster, load, scheme, options.window_s, account))
                 bar.done(options.window_s)
-    return conclude(rates, pairs, account, segment_bytes(model))
+    return conclude(rounds, pairs, account, segment_bytes(model))
 
 
 async def _window(

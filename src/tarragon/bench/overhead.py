@@ -81,7 +81,7 @@ async def _measure(options: argparse.Namespace, model: Path, cluster: Cluster, b
     switch = Switch(cluster, checkpoints=options.checkpoints)
     metrics: dict[str, Any] = {}
     workload = random_workload(model)
-    pids = cluster.processes()
+    pids = [cluster.agent_pid, *cluster.pids().values()]
     async with EndlessLoad(cluster.url, model.name, workload, options.concurrency, pids) as load:
         for number in range(options.pairs_max):
             if number >= options.pairs and metrics["verdict"] != "inconclusive":

@@ -5,8 +5,8 @@ A window of a few seconds has a few dozen steps; counting its tokens would be of
 is more than what is to be found. So the times between tokens are taken, of those that lie wholly in it.
 
 What others do on the same cores is in every such pace. The time that the cluster's own processes are on a
-core for each token is not moved by who waits for whom, so it shows smaller costs: where all cores are busy,
-as under these loads, tokens/s can fall by no more than it rises.
+core for each token is not moved by who waits for whom. It tells what a change computes, not what it makes
+others wait for.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import itertools
 import os
 import signal
 import socket
-import struct
 import time
 from collections import OrderedDict
 from contextlib import suppress
@@ -24,13 +23,12 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tarragon.gateway.client import RequestFailed
 from tarragon.gateway.grammar_zygote import Trial, Verdict, frame
+from tarragon.transport.sockets import check_same_user
 
 HELPERS_TRIED_MAX: Final = 3
 """For one grammar."""
 VERDICTS_KEPT: Final = 1_024
 VERDICT_BYTES_MAX: Final = 16 << 10
-_CREDENTIALS: Final = struct.Struct("3i")
-"""pid, uid and gid of who made the other end of a pair of sockets."""
 _FIELDS: Final = [field.name for field in dataclasses.fields(StructuredOutputsParams) if field.init]
 
 
@@ -75,7 +73,7 @@ class GrammarTrials:
             raise VLLMValidationError(reason)
 
     async def _ask(self, grammar: dict[str, Any]) -> Verdict:
-        """Ask whoever tries grammars now, and its successor if it dies over that. Raises RequestFailed."""
+        """Ask whoever tries grammars now, and its standby if it dies over that. Raises RequestFailed."""
         for _ in range(HELPERS_TRIED_MAX):
             with suppress(ConnectionError):
                 return await self._ask_once(grammar)
@@ -108,10 +106,9 @@ class GrammarTrials:
             return future
 
     def _end_helper(self) -> None:
-        """Kill who says nothing; its successor has waited for that."""
-        peer = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        """Kill who says nothing; its standby has waited for that."""
         with suppress(ProcessLookupError):
-            os.kill(_CREDENTIALS.unpack(peer)[0], signal.SIGKILL)
+            os.kill(check_same_user(self._sock), signal.SIGKILL)
 
     async def _next_helper(self) -> socket.socket:
         """The socket of the last one that has begun to serve; raises ConnectionError if nobody is left."""
@@ -125,9 +122,9 @@ class GrammarTrials:
         newest = socket.socket()
         with suppress(BlockingIOError):
             while descriptors := socket.recv_fds(self._door, 1, 1)[1]:
-                newest.close()  # its process has a successor already
+                newest.close()  # its process has been succeeded already
                 newest = socket.socket(fileno=descriptors[0])
-            raise ConnectionResetError("the line of helpers has ended")
+            raise ConnectionResetError("all helpers have ended")
         newest.setblocking(False)
         return newest
 

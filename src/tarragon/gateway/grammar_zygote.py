@@ -5,12 +5,11 @@ grammars of a few bytes take hours. In a worker, that would take a core from eve
 gateway, which parses them first, it would stop every stream. So each is tried here before.
 
 This process has one thread and forks once per grammar. A child leaves its verdict in its exit code and a
-pipe; the kernel ends one that takes too much. Who takes over when the process itself dies: grammar_line.py.
+pipe; the kernel ends one that takes too much. Who takes over when this process dies: grammar_standby.py.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import select
@@ -22,6 +21,7 @@ from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
+from tarragon.agent.process import die_with_parent
 from tarragon.config import Config
 
 TRIALS_AT_ONCE: Final = 2
@@ -29,7 +29,6 @@ TRIALS_AT_ONCE: Final = 2
 REASON_BYTES_MAX: Final = 2_000
 SIGN_OF_LIFE: Final = 0
 SIGN_INTERVAL_S: Final = 1.0
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class Trial(msgspec.Struct):
@@ -69,12 +68,12 @@ Compile = Callable[[dict[str, Any]], None]
 
 def die_with(parent: int) -> None:
     """Be killed when ``parent``, which has forked this process, ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent()
     if os.getppid() != parent:
         os._exit(0)
 
 
-class Successor(Protocol):
+class Standby(Protocol):
     """A process that has to be there, and is forked anew by ``renew`` where it is not."""
 
     pidfd: int
@@ -90,10 +89,10 @@ class Zygote:
         sock: socket.socket,
         config: Config,
         make_compiler: Callable[[], Compile],
-        successor: Successor,
+        standby: Standby,
     ) -> None:
         self._sock = sock
-        self._successor = successor
+        self._standby = standby
         self._config = config
         self._make_compiler = make_compiler
         self._compile: Compile | None = None
@@ -110,7 +109,7 @@ class Zygote:
     def _serve(self) -> None:
         while True:
             self._wait()
-            self._successor.renew()
+            self._standby.renew()
             if self._children:
                 send_frame(self._sock, Verdict(SIGN_OF_LIFE))
             for child in list(self._children):
@@ -123,7 +122,7 @@ class Zygote:
 
     def _wait(self) -> None:
         poll = select.poll()
-        poll.register(self._successor.pidfd, select.POLLIN)
+        poll.register(self._standby.pidfd, select.POLLIN)
         if len(self._children) < TRIALS_AT_ONCE:
             poll.register(self._sock, select.POLLIN)
         for child in self._children:

@@ -24,7 +24,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 
 from tarragon import tracing
 from tarragon.boot import Boot
-from tarragon.gateway import flags, grammar_line, wire
+from tarragon.gateway import flags, grammar_standby, wire
 from tarragon.gateway.admission import Admission, known_parameters
 from tarragon.gateway.authentication import guarded
 from tarragon.gateway.client import Client, RequestFailed
@@ -47,7 +47,7 @@ def main(boot: Boot) -> None:
     exposure.check(boot.config, boot.engine_args)
     args = flags.serve_args(boot)
     vllm_config = flags.engine_config(boot)
-    helpers = grammar_line.fork(boot.config, lambda: vllm_compiler(vllm_config))
+    helpers = grammar_standby.fork(boot.config, lambda: vllm_compiler(vllm_config))
     listen_address, sock = setup_server(args, reuse_port=False)
     try:
         uvloop.run(serve(boot, args, vllm_config, listen_address, sock, helpers))

@@ -1,10 +1,10 @@
-"""The line of processes that try grammars: one serves, the next stands by and takes over when it ends.
+"""The processes that try grammars: one serves, its standby takes over when it ends.
 
 They must come from the gateway's beginning, when it has one thread, and may die at any moment like every
-other process. So each that serves forks its own successor, and another when that one dies; a successor does
+other process. So each that serves forks its own standby, and another when that one dies; a standby does
 nothing but wait. Only if both die at once is the gateway left without.
 
-Whoever begins to serve sends the gateway, through one door that all of the line inherit, a socket of its own:
+Whoever begins to serve sends the gateway, through one door that all of them inherit, a socket of its own:
 what its predecessor was in the middle of saying confuses nobody.
 """
 
@@ -29,7 +29,7 @@ TITLE: Final = "tarragon: grammars"
 
 
 def fork(config: Config, make_compiler: Callable[[], Compile]) -> socket.socket:
-    """Start the line; return the gateway's end of the door. Call it before any thread is started."""
+    """Start them; return the gateway's end of the door. Call it before any thread is started."""
     ours, door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     between = os.fork()
     if between == 0:
@@ -42,7 +42,7 @@ def fork(config: Config, make_compiler: Callable[[], Compile]) -> socket.socket:
                 signal.signal(number, signal.SIG_DFL)
             os.nice(NICE)
             logging.disable(logging.CRITICAL)  # a client's bad grammar is no line in our log
-            take_turns(door, config, make_compiler)
+            serve_in_turn(door, config, make_compiler)
         finally:
             os._exit(0)
     os.waitpid(between, 0)
@@ -50,22 +50,22 @@ def fork(config: Config, make_compiler: Callable[[], Compile]) -> socket.socket:
     return ours
 
 
-def take_turns(door: socket.socket, config: Config, make_compiler: Callable[[], Compile]) -> None:
-    """Serve until the gateway is gone; a successor returns from its fork in here, stands by, then serves."""
+def serve_in_turn(door: socket.socket, config: Config, make_compiler: Callable[[], Compile]) -> None:
+    """Serve until the gateway is gone; a standby returns from its fork in here, waits, then serves."""
     while True:
         trials, theirs = socket.socketpair()
         with theirs, suppress(OSError):  # the gateway is gone: the first look at ``trials`` says so
             socket.send_fds(door, [b"\0"], [theirs.fileno()])
         try:
             with trials:
-                Zygote(trials, config, make_compiler, Successor()).run()
+                Zygote(trials, config, make_compiler, Standby()).run()
             return
-        except Succeed as born:
-            if not _stand_by(door, born.predecessor):
+        except Forked as standby:
+            if not _stand_by(door, standby.predecessor):
                 return
 
 
-class Succeed(Exception):
+class Forked(Exception):
     """Raised in a process that has just been forked: it leaves what its predecessor was doing."""
 
     def __init__(self, predecessor: int) -> None:
@@ -73,7 +73,7 @@ class Succeed(Exception):
         """Pid descriptor of who serves."""
 
 
-class Successor:
+class Standby:
     """Whoever stands by, as its predecessor sees it."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Successor:
         self.renew()
 
     def renew(self) -> None:
-        """Fork one unless one could take over now. Raises Succeed in the child, OSError if none can be."""
+        """Fork one unless one could take over now. Raises Forked in the child, OSError if none can be."""
         if self.pid:
             ended, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
             if not ended:
@@ -94,7 +94,7 @@ class Successor:
         myself = os.pidfd_open(os.getpid())
         self.pid = os.fork()
         if self.pid == 0:
-            raise Succeed(myself)
+            raise Forked(myself)
         os.close(myself)
         self.pidfd = os.pidfd_open(self.pid)
 

@@ -3,7 +3,7 @@
 What a cluster runs then is the command line of ``tarragon serve``, from its first statement; it only finds
 its imports done. That a start from nothing works is held by the tests that do not ask for this.
 
-    client                                         nursery (python -m tests.nursery FD)
+    client                                         forkserver (python -m tests.forkserver FD)
     order: function, arguments, environment  --->  fork ---> function(arguments)
     pid, exit code                           <---  reaps
 """
@@ -30,13 +30,14 @@ from typing import IO, Any
 import msgspec
 
 from tarragon.agent import environment, preload
+from tarragon.boot import Boot
 from tarragon.cluster import MARK, Cluster
 
 COMMAND_LINE = "tarragon.cli:main"
 ORDER_BYTES_MAX = 128 << 10
 NUMBER = struct.Struct("q")
 NO_MARK = "-" * 16
-"""In the nursery's own environment, as long as a cluster's mark: forks overwrite it."""
+"""In the forkserver's own environment, as long as a cluster's mark: forks overwrite it."""
 PRELOADED = (*preload.PRELOAD_MODULES, "tarragon.cli", "tarragon.agent.agent", "tarragon.agent.console")
 
 
@@ -52,7 +53,7 @@ class Order(msgspec.Struct, frozen=True):
 # ------------------------------------------------------------------ the side of the tests
 
 
-class Hatched:
+class Forked:
     """As much of subprocess.Popen as is used here, for a process that another one has forked."""
 
     def __init__(self, life: socket.socket) -> None:
@@ -86,19 +87,19 @@ class Hatched:
         try:
             return int(NUMBER.unpack(self._life.recv(NUMBER.size))[0])
         except (BlockingIOError, TimeoutError):
-            raise subprocess.TimeoutExpired("a nursery's fork", timeout_s or 0.0) from None
+            raise subprocess.TimeoutExpired("a fork", timeout_s or 0.0) from None
         except struct.error:
-            raise RuntimeError("the nursery is gone") from None
+            raise RuntimeError("the forkserver is gone") from None
 
 
-class Nursery:
+class ForkServer:
     """One process that waits, imports done, until programs are wanted. It ends with ``close`` or with us."""
 
     def __init__(self) -> None:
         self._door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.nursery", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.forkserver", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 cwd=Path(__file__).parents[1],
@@ -109,7 +110,7 @@ class Nursery:
 
     def cluster(self, *args: Any, **options: Any) -> Cluster:
         """Like ``Cluster(...)``, not yet started."""
-        return _HatchedCluster(self, *args, **options)
+        return _ForkedCluster(self, *args, **options)
 
     def run(
         self, function: str, arguments: Sequence[str], timeout_s: float
@@ -124,6 +125,11 @@ class Nursery:
             texts = [os.pread(file.fileno(), 1 << 20, 0).decode() for file in (out, log)]
         return subprocess.CompletedProcess(arguments, code, *texts)
 
+    def worker(self, boot: Boot, log: IO[Any]) -> Forked:
+        """The process of ``boot.role`` by itself, as the node agent forks it; all it says goes to ``log``."""
+        program = "tests.forkserver:work"
+        return self.begin(program, [msgspec.json.encode(boot).decode()], os.environ, log, log)
+
     def begin(
         self,
         function: str,
@@ -131,13 +137,13 @@ class Nursery:
         environ: Mapping[str, str],
         out: IO[Any],
         log: IO[Any],
-    ) -> Hatched:
+    ) -> Forked:
         """Fork a program; returns once it exists."""
         order = msgspec.json.encode(Order(function, list(arguments), {MARK: NO_MARK, **environ}))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(self._door, [order], [out.fileno(), log.fileno(), theirs.fileno()])
-        return Hatched(ours)
+        return Forked(ours)
 
     def close(self) -> None:
         self._door.close()
@@ -145,24 +151,33 @@ class Nursery:
 
 
 @functools.cache
-def the_nursery() -> Nursery:
+def the_forkserver() -> ForkServer:
     """The one of this test process; it imports when it is asked for the first time."""
-    found = Nursery()
+    found = ForkServer()
     atexit.register(found.close)
     return found
 
 
-class _HatchedCluster(Cluster):
-    def __init__(self, nursery: Nursery, *args: Any, **options: Any) -> None:
+class _ForkedCluster(Cluster):
+    def __init__(self, forkserver: ForkServer, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._nursery = nursery
+        self._forkserver = forkserver
 
     def _launch(self) -> Any:
         serve = self._command.index("serve")
-        return self._nursery.begin(COMMAND_LINE, self._command[serve:], self._environ, self._out, self._log)
+        return self._forkserver.begin(
+            COMMAND_LINE, self._command[serve:], self._environ, self._out, self._log
+        )
 
 
-# ------------------------------------------------------------------ the nursery itself
+def work(arguments: Sequence[str]) -> int:
+    """What a worker's process runs. The only argument is its Boot as JSON."""
+    boot = msgspec.json.decode(arguments[0], type=Boot)
+    importlib.import_module(preload.WORKER_MODULES[boot.role]).main(boot)
+    return 0
+
+
+# ------------------------------------------------------------------ the forkserver itself
 
 
 def main(door: socket.socket) -> int:
@@ -182,7 +197,7 @@ def main(door: socket.socket) -> int:
             order = msgspec.json.decode(told, type=Order)
             pid = os.fork()
             if pid == 0:
-                _leave_the_nursery(selector)
+                _leave_the_forkserver(selector)
                 return _become(order, *descriptors)
             *streams, life = descriptors
             for descriptor in streams:
@@ -200,7 +215,7 @@ def _tell_end(selector: selectors.BaseSelector, handle: int, pid: int, life: int
     os.close(life)
 
 
-def _leave_the_nursery(selector: selectors.BaseSelector) -> None:
+def _leave_the_forkserver(selector: selectors.BaseSelector) -> None:
     for key in list(selector.get_map().values()):
         if key.data:
             _, life = key.data
