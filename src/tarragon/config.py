@@ -30,6 +30,10 @@ CHECKPOINT_ROWS_SHARE: Final = 0.9
 """Part of a bucket that is rows; the rest is room for its records and checksums."""
 BUCKET_BYTES_MAX: Final = 1 << 40
 """Largest checkpoint bucket of one worker."""
+SEGMENTS_PER_WRITE: Final = 16
+SEGMENT_ROWS_PER_WRITE: Final = 64
+"""New rows of the KV cache are written to the checkpoint with the rows of this many layers, or at once if a
+layer has as many as this."""
 HANDSHAKES_PENDING_MAX: Final = 64
 """Connections of one listener that have not yet proved that they know the secret."""
 LINK_OFFER_TIMEOUT_S: Final = 10.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 from tarragon.checkpoint.bucket import Bucket, BucketError, BucketShape
 from tarragon.checkpoint.restore import Restorer, RowKind, Source
-from tarragon.checkpoint.writer import Checkpointer, Fenced, Rows, Scheduled
+from tarragon.checkpoint.writer import Checkpointer, Fenced, Scheduled, Segment
+from tarragon.config import SEGMENT_ROWS_PER_WRITE, SEGMENTS_PER_WRITE
 from tarragon.gateway.wire import Origin
+from tarragon.native.segments import segment_write
 from tarragon.transport.memory import create_sealed
 
 SHAPE = BucketShape(
@@ -48,7 +51,7 @@ class Worker:
             # As the engine has them: parts of one wider matrix.
             both = torch.randn(len(slots), 2, 2, 8).to(torch.bfloat16)
             key, value = both[:, 0], both[:, 1]
-            self.writer.capture(Rows(layer, key, value, slots))
+            self.writer.capture(Segment(layer, key, value, slots))
             for i, slot in enumerate(slots.tolist()):
                 self.rows[layer, slot] = key[i].clone(), value[i].clone()
 
@@ -105,6 +108,53 @@ def test_what_is_not_committed_is_not_seen(worker: Worker, reader: Restorer) -> 
     worker.write(0, 0, 6)
     worker.writer.flush()
     assert found(reader) is None
+
+
+def test_gaps_are_used_for_several_layers_at_a_time_and_the_last_one_always(worker: Worker) -> None:
+    slots, row = torch.tensor([20]), torch.randn(1, 2, 8).to(torch.bfloat16)
+    wide = torch.randn(SEGMENT_ROWS_PER_WRITE, 2, 8).to(torch.bfloat16)
+    padding = torch.full((SEGMENT_ROWS_PER_WRITE,), -1)
+    written = worker.writer.counters
+
+    def gap(layer: int) -> int:
+        worker.writer.capture(Segment(layer, row, row, slots))
+        worker.writer.use_gap()
+        return written.checkpoint_segments
+
+    worker.writer.use_gap()
+    assert [gap(layer) for layer in range(SHAPE.layers)] == [0, 0, SHAPE.layers]
+    assert [gap(0) - SHAPE.layers for _ in range(SEGMENTS_PER_WRITE)] == [0] * (SEGMENTS_PER_WRITE - 1) + [
+        SEGMENTS_PER_WRITE
+    ]
+    before = written.checkpoint_segments
+    worker.writer.capture(Segment(0, wide, wide, padding))
+    worker.writer.use_gap()
+    assert written.checkpoint_segments == before + 1, "a long prompt's rows are not piled up"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": [3]}, "layer 3 of 3"),
+        ({"layers": [-1]}, "layer -1 of 3"),
+        ({"layers": [0, 1]}, "a segment is a layer"),
+        ({"slots": [torch.tensor([64])]}, "slot 64 is beyond"),
+        ({"slots": [torch.tensor([1, 2])]}, "one row for each slot"),
+        ({"keys": [torch.zeros(1, 2, 9, dtype=torch.bfloat16)]}, "do not fit"),
+        ({"keys": [torch.zeros(1, 2, 16, dtype=torch.bfloat16)[:, :, ::2]]}, "contiguous rows"),
+        ({"keys": [torch.zeros(1, 8, 2, dtype=torch.bfloat16).transpose(1, 2)]}, "contiguous rows"),
+    ],
+)
+def test_a_segment_that_does_not_fit_writes_nothing(
+    worker: Worker, change: dict[str, Any], message: str
+) -> None:
+    bucket, row = worker.writer.bucket, torch.ones(1, 2, 8, dtype=torch.bfloat16)
+    assert bucket is not None
+    good = {"keys": [row], "values": [row], "slots": [torch.tensor([1])], "layers": [0]}
+    with pytest.raises(ValueError, match=message):
+        segment_write(**(good | change), rows=bucket.rows, checks=bucket.checks)
+    assert not bucket.rows.any()
+    assert not bucket.checks.any()
 
 
 def test_a_commit_covers_no_more_than_it_says(worker: Worker, reader: Restorer) -> None:

@@ -390,10 +390,12 @@ def test_the_last_replica_lost_fails_the_step_and_no_later_one() -> None:
     with group(2, HASTY) as (refe, workers, _lost):
         workers[0].die()
         workers[1].hangs = True
+        abandoned: list[int] = []
+        refe.on_abandoned = lambda: abandoned.append(1)
         refe.begin_step(TOKENS)
         with pytest.raises(ExpertUnreachable, match="an expert of layer 0 has no live host"):
             refe.expert_io(0, IDS, ROWS, WEIGHTS)
-        assert refe.counters.steps_unreachable == 1
+        assert (refe.counters.steps_unreachable, abandoned) == (1, [1])
         fresh = FakeExpertWorker("ew-0", 200)
         workers.append(fresh)
         refe.post(table([fresh], version=2))

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 
 from tarragon.checkpoint.bucket import BucketShape
 from tarragon.checkpoint.restore import RowKind
-from tarragon.checkpoint.writer import Checkpointer, Rows
+from tarragon.checkpoint.writer import Checkpointer, Segment
 
 Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 _plain_latent_update: Final = CPUMLAImpl.do_kv_cache_update
@@ -45,7 +45,7 @@ class Capture:
         if cls.checkpointer is not None:
             place = cls._places.get(kv_cache.data_ptr())
             if place is not None:
-                cls.checkpointer.capture(Rows(place, key, value, slots))
+                cls.checkpointer.capture(Segment(place, key, value, slots))
 
 
 class CapturingImpl(CPUAttentionBackendImpl):

@@ -52,7 +52,8 @@ def main(boot: Boot) -> None:
         engine, model_runner(engine), boot, f"{fingerprint(model)}, {model.path}", attempts
     )
     AttentionModelRunner.checkpoints = checkpoints
-    refe.on_gap = checkpoints.writer.flush
+    refe.on_gap = checkpoints.writer.use_gap
+    refe.on_abandoned = checkpoints.writer.flush
     checkpoints.writer.traffic = refe.traffic
     control.counters = checkpoints.counters
     control.on_mode = checkpoints.ask_mode

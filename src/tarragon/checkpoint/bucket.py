@@ -132,8 +132,6 @@ class Bucket:
         self.rows = torch.frombuffer(
             memory, dtype=torch.uint8, count=cells * shape.row_bytes, offset=shape.rows_offset
         ).view(shape.layers, shape.slots, shape.row_bytes)
-        self.layer_rows, self.layer_checks = list(self.rows), list(self.checks)
-        """Views of each layer: made once, for the per-layer path."""
         self._seal = np.frombuffer(memory, dtype=np.uint32, count=1, offset=_SEAL_OFFSET)
         fixed = self.records.numpy()[:, :_RECORD_HEADER_BYTES]
         self._versions = fixed[:, 0:8].view(np.uint64)[:, 0]

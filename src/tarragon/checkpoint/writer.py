@@ -1,6 +1,6 @@
 """What does an attention worker write of its KV cache, and when is it complete? (6.1)
 
-``capture`` notes new rows as the engine makes them, ``flush`` copies them into the bucket while the
+``capture`` notes new rows as the engine makes them, ``use_gap`` copies them into the bucket while the
 worker waits for its experts (the gaps of AW-EW traffic), and ``commit`` makes a step's rows visible at its
 end, in one record per request. One-sided: no other process runs on behalf of a write. Called by the engine
 thread alone.
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from tarragon.checkpoint.bucket import Bucket
+from tarragon.config import SEGMENT_ROWS_PER_WRITE, SEGMENTS_PER_WRITE
 from tarragon.counters import Counters
 from tarragon.native.segments import commit_records, release_record, segment_write
 from tarragon.refe.traffic import SEGMENTS, TrafficRing
@@ -24,13 +25,16 @@ class Fenced(RuntimeError):
     """This worker's requests have been given to others; nothing it computes is wanted any more."""
 
 
-class Rows(NamedTuple):
-    """New rows of one layer: key and value [T, ...], slots int64 [S], S <= T."""
+class Segment(NamedTuple):
+    """New rows of one layer."""
 
     layer: int
     key: torch.Tensor
+    """[T, ...]"""
     value: torch.Tensor
+    """[T, ...]"""
     slots: torch.Tensor
+    """int64 [S], S <= T."""
 
 
 class Scheduled(NamedTuple):
@@ -68,7 +72,7 @@ class Checkpointer:
         self.enabled = True
         self.traffic: TrafficRing | None = None
         self._deferred = deferred
-        self._pending: list[Rows] = []
+        self._pending: list[Segment] = []
         self._records: dict[str, int] = {}
         self._free: list[int] = []
 
@@ -95,12 +99,25 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ segments
 
-    def capture(self, rows: Rows) -> None:
+    def capture(self, segment: Segment) -> None:
         """Note the rows of one layer's update of the cache; never waits."""
         if self.bucket is None or not self.enabled:
             return
-        self._pending.append(rows)
+        self._pending.append(segment)
         if not self._deferred:
+            self.flush()
+
+    def use_gap(self) -> None:
+        """The worker waits for its experts: copy what was noted, if it is worth a call or no gap follows.
+
+        A call costs as much as the rows of some decoding streams, so several layers share one.
+        """
+        pending = self._pending
+        if not pending or self.bucket is None:
+            return
+        last = pending[-1]
+        ends = last.layer == self.bucket.shape.layers - 1
+        if ends or len(pending) >= SEGMENTS_PER_WRITE or last.slots.shape[0] >= SEGMENT_ROWS_PER_WRITE:
             self.flush()
 
     def flush(self) -> None:
@@ -111,15 +128,14 @@ class Checkpointer:
         bucket, counters = self.bucket, self.counters
         assert bucket is not None
         self.check_seal()
-        rows, checks, count = bucket.layer_rows, bucket.layer_checks, 0
-        for layer, key, value, slots in self._pending:
-            segment_write(key.flatten(1), value.flatten(1), slots, rows[layer], checks[layer])
-            count += slots.shape[0]
-        counters.checkpoint_segments += len(self._pending)
-        counters.checkpoint_bytes += count * bucket.shape.row_bytes
+        layers, keys, values, slots = zip(*self._pending, strict=True)
+        segment_write(keys, values, slots, layers, bucket.rows, bucket.checks)
+        size = sum(each.shape[0] for each in slots) * bucket.shape.row_bytes
+        counters.checkpoint_segments += len(layers)
+        counters.checkpoint_bytes += size
         end = time.perf_counter()
         if self.traffic is not None:
-            self.traffic.add(SEGMENTS, self._pending[0].layer, start, end, count * bucket.shape.row_bytes)
+            self.traffic.add(SEGMENTS, layers[0], start, end, size)
         self._pending.clear()
         counters.checkpoint_s += end - start
 

@@ -23,17 +23,24 @@ def _op(name: str) -> Any:
 
 
 def segment_write(
-    key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, checks: torch.Tensor
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    slots: Sequence[torch.Tensor],
+    layers: Sequence[int],
+    rows: torch.Tensor,
+    checks: torch.Tensor,
 ) -> None:
-    """Copy row i of ``key`` and ``value`` into slot ``slots[i]`` of a layer, with its checksum.
+    """Copy rows of several layers into a bucket, each with its checksum.
+
+    Row i of ``keys[n]`` and ``values[n]`` goes into slot ``slots[n][i]`` of layer ``layers[n]``.
 
     Args:
-        key, value: [T, K] and [T, V], any dtype; rows may be strided.
-        slots: int64 [S], S <= T; negative ones are padding.
-        rows: uint8 [slots of the bucket, row bytes].
-        checks: int32 [slots of the bucket].
+        keys, values: per segment [T, ...], any dtype; rows may be strided.
+        slots: per segment int64 [S], S <= T; negative ones are padding.
+        rows: uint8 [layers of the bucket, slots of a layer, row bytes].
+        checks: int32 [layers of the bucket, slots of a layer].
     """
-    _op("segment_write")(key, value, slots, rows, checks)
+    _op("segment_write")(keys, values, slots, layers, rows, checks)
 
 
 def segment_read(

@@ -102,6 +102,8 @@ class Refe:
         self._in_step = False
         self.on_gap: Callable[[], None] = lambda: None
         """Called once a layer, when its rows are out and the answers are not yet in (6.1)."""
+        self.on_abandoned: Callable[[], None] = lambda: None
+        """Called when a step ends early: what its layers have left must not be met by a later step."""
 
     # ------------------------------------------------------------------ from the control thread
 
@@ -183,7 +185,7 @@ class Refe:
             self._collect(work, sent)
         except ExpertUnreachable:
             self.counters.steps_unreachable += 1
-            self.on_gap()  # what the layer has left for it must not be met by a later step
+            self.on_abandoned()
             self._abandon(layer_id)
             raise
         finally:

@@ -97,12 +97,22 @@ struct Halves {
   int64_t key_stride, value_stride, key_bytes, value_bytes;
 };
 
+// Bytes of one row of `rows`, [T, ...], whose inner dimensions must lie without gaps.
+int64_t inner_bytes(const Tensor& rows) {
+  int64_t size = static_cast<int64_t>(rows.element_size());
+  for (int64_t d = rows.dim() - 1; d > 0; --d) {
+    TORCH_CHECK_VALUE(rows.size(d) <= 1 || rows.stride(d) * static_cast<int64_t>(rows.element_size()) == size,
+                      "key and value must have contiguous rows");
+    size *= rows.size(d);
+  }
+  return size;
+}
+
 Halves halves(const Tensor& key, const Tensor& value, int64_t count, int64_t row_size) {
   for (const Tensor* half : {&key, &value}) {
-    TORCH_CHECK_VALUE(half->dim() == 2 && half->size(0) >= count && (half->size(1) <= 1 || half->stride(1) == 1),
-                      "key and value must be matrices of contiguous rows, one for each slot");
+    TORCH_CHECK_VALUE(half->dim() >= 2 && half->size(0) >= count, "key and value must have one row for each slot");
   }
-  const int64_t key_bytes = row_bytes(key), value_bytes = row_bytes(value);
+  const int64_t key_bytes = inner_bytes(key), value_bytes = inner_bytes(value);
   TORCH_CHECK_VALUE(key_bytes + value_bytes <= row_size, "rows of ", key_bytes + value_bytes,
                     " bytes do not fit a bucket's ", row_size);
   return {static_cast<uint8_t*>(key.data_ptr()),
@@ -125,21 +135,32 @@ void check_slots(const int64_t* slots, int64_t count, int64_t limit) {
   }
 }
 
-// Copy row i of key and value into slot slots[i]; negative slots are padding.
-void segment_write(const Tensor& key, const Tensor& value, const Tensor& slots, const Tensor& rows,
+// Copy row i of keys[n] and values[n] into slot slots[n][i] of layer layers[n]; negative slots are padding.
+void segment_write(TensorList keys, TensorList values, TensorList slots, at::IntArrayRef layers, const Tensor& rows,
                    const Tensor& checks) {
-  const Matrix to = matrix(rows, "rows");
-  const int64_t count = slots.size(0);
-  const int64_t* slot = slots_of(slots);
-  const Halves from = halves(key, value, count, to.bytes);
-  int32_t* check = int32_data(checks, to.rows, "checks");
-  check_slots(slot, count, to.rows);
-  for (int64_t i = 0; i < count; ++i) {
-    if (slot[i] < 0) continue;
-    uint8_t* row = to.data + slot[i] * to.bytes;
-    std::memcpy(row, from.key + i * from.key_stride, from.key_bytes);
-    std::memcpy(row + from.key_bytes, from.value + i * from.value_stride, from.value_bytes);
-    check[slot[i]] = static_cast<int32_t>(checksum_of(row, from.key_bytes + from.value_bytes));
+  TORCH_CHECK_TYPE(rows.scalar_type() == at::kByte, "rows must be uint8");
+  TORCH_CHECK_VALUE(rows.dim() == 3 && rows.is_contiguous(), "rows must be contiguous, [layers, slots, row bytes]");
+  TORCH_CHECK_VALUE(keys.size() == layers.size() && values.size() == layers.size() && slots.size() == layers.size(),
+                    "a segment is a layer, its keys, its values and their slots");
+  const int64_t layer_slots = rows.size(1), bytes = rows.size(2);
+  uint8_t* const to = rows.data_ptr<uint8_t>();
+  int32_t* const check = int32_data(checks, rows.size(0) * layer_slots, "checks");
+  for (size_t n = 0; n < layers.size(); ++n) {
+    TORCH_CHECK_VALUE(layers[n] >= 0 && layers[n] < rows.size(0), "layer ", layers[n], " of ", rows.size(0));
+    check_slots(slots_of(slots[n]), slots[n].size(0), layer_slots);
+    halves(keys[n], values[n], slots[n].size(0), bytes);
+  }
+  for (size_t n = 0; n < layers.size(); ++n) {
+    const int64_t count = slots[n].size(0), first = layers[n] * layer_slots;
+    const int64_t* slot = slots[n].const_data_ptr<int64_t>();
+    const Halves from = halves(keys[n], values[n], count, bytes);
+    for (int64_t i = 0; i < count; ++i) {
+      if (slot[i] < 0) continue;
+      uint8_t* row = to + (first + slot[i]) * bytes;
+      std::memcpy(row, from.key + i * from.key_stride, from.key_bytes);
+      std::memcpy(row + from.key_bytes, from.value + i * from.value_stride, from.value_bytes);
+      check[first + slot[i]] = static_cast<int32_t>(checksum_of(row, from.key_bytes + from.value_bytes));
+    }
   }
 }
 
@@ -241,7 +262,9 @@ bool record_whole(const Tensor& copy, at::IntArrayRef block_sizes) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tarragon, m) {
-  m.def("segment_write(Tensor key, Tensor value, Tensor slots, Tensor(a!) rows, Tensor(b!) checks) -> ()");
+  m.def(
+      "segment_write(Tensor[] keys, Tensor[] values, Tensor[] slots, int[] layers, Tensor(a!) rows, "
+      "Tensor(b!) checks) -> ()");
   m.def("segment_read(Tensor rows, Tensor checks, Tensor slots, Tensor(a!) key, Tensor(b!) value) -> int");
   m.def(
       "commit_records(Tensor(a!) records, Tensor indices, Tensor committed, Tensor table_rows, Tensor[] tables, "
