@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_found_and_computed_anew(
     assert fresh(cluster, "aw-1")["aw-1"]["restore_corrupt"] > before["restore_corrupt"]
 
 
-CROWD = mixed_requests(12, seed=21, vocabulary=40_000, long_tokens=200, output_tokens=48)
+CROWD = mixed_requests(12, seed=21, vocabulary=40_000, long_tokens=200, output_tokens=36)
 
 
 def assert_nobody_notices_a_death(

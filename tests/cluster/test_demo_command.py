@@ -18,8 +18,8 @@ def test_the_proof_holds(
 ) -> None:
     # Four layers write fast and without sense: the answer must outlast the search for its writer.
     monkeypatch.setattr(demo, "make_model", lambda notes: ensure_demo_model(layers=SMALL_LAYERS))
-    monkeypatch.setattr(demo, "BODY", {**demo.BODY, "max_tokens": 700, "ignore_eos": True})
-    monkeypatch.setattr(demo, "ATTENTION_DIES_AFTER", 200)
+    monkeypatch.setattr(demo, "BODY", {**demo.BODY, "max_tokens": 450, "ignore_eos": True})
+    monkeypatch.setattr(demo, "ATTENTION_DIES_AFTER", 150)
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     code = demo.main([])

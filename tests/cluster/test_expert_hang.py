@@ -24,7 +24,7 @@ from tarragon.cluster import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-BODIES = mixed_requests(8, seed=11, vocabulary=40_000, long_tokens=300, output_tokens=96)
+BODIES = mixed_requests(8, seed=11, vocabulary=40_000, long_tokens=300, output_tokens=72)
 _PIDFD_GETFD = 438
 
 

@@ -16,7 +16,7 @@ from tarragon.cluster import Cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 PROTECTED_S = 60.0
-TOKENS = 200
+TOKENS = 150
 BODIES = {
     name: body
     for name, body in kinds("The lighthouse keeper", list(range(100, 300)), TOKENS).items()
