@@ -88,8 +88,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     is about as large as the KV cache of its worker, which is made smaller where the budget asks for it: then
     requests wait for room as they wait for the cache, and what runs is protected."""
     checkpoint_mode: str = "segments"
-    """"segments": every new row of every request; "none": no protection; "pause-N": the whole cache every N
-    steps, a baseline to compare with."""
+    """"segments": every new row of every request; "none": no protection. To compare with: "pause-N": the
+    whole cache every N steps; "alternate": segments in every other step."""
     bucket_linger_s: float = 30.0
     """How long the checkpoints of a dead attention worker are kept for those who restore its requests, from
     when there is one."""

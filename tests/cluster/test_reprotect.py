@@ -7,7 +7,7 @@ import time
 
 import pytest
 from tests.cluster.observe import fresh, replaced
-from tests.cluster.test_attention_failover import FULL_CAPACITY_S, assert_same
+from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same
 from tests.streams import kinds, read_all
 from tests.undisturbed import Undisturbed
 
@@ -71,3 +71,28 @@ def test_what_ran_without_checkpoints_is_protected_again(
     after = fresh(cluster, "aw-1")["aw-1"]
     assert after["restored_positions"] > before["restored_positions"]
     assert after["restore_incomplete"] == before["restore_incomplete"]
+
+
+def test_nobody_goes_on_from_what_was_written_in_every_other_step(
+    cluster: Cluster, model_name: str, undisturbed: Undisturbed
+) -> None:
+    asked = dict.fromkeys(("one", "two"), BODIES["greedy"])
+    wanted = undisturbed.readings(cluster, model_name, list(BODIES.values()))[:1] * 2
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    pids = cluster.pids()
+    before = fresh(cluster, "aw-1")["aw-1"]
+    cluster.admin.checkpointing("alternate", reprotect=False)
+    try:
+        until_protected_is(cluster, False)
+        fault = Once(lambda: cluster.kill("aw-0"), TOKENS)
+        got = read_all(cluster.url, model_name, list(asked.values()), fault)
+        fault.join()
+        after = fresh(cluster, "aw-1")["aw-1"]
+    finally:
+        cluster.admin.checkpointing("segments")
+    assert_same(asked, got, wanted)
+    assert after["compared_pairs"] > 0
+    assert after["checkpoint_commits"] > before["checkpoint_commits"]
+    assert after["restored_positions"] == before["restored_positions"]
+    replaced(cluster, pids, "aw-0")
+    until_protected_is(cluster, True)

@@ -6,7 +6,7 @@ import pytest
 
 from tarragon.bench import checkpoint, restore
 from tarragon.bench.windows import Window
-from tarragon.checkpoint.mode import NONE, SEGMENTS, Mode, parse
+from tarragon.checkpoint.mode import ALTERNATE, NONE, SEGMENTS, Mode, parse
 from tarragon.config import Config, ConfigError
 
 FORMULA = {"checkpoint_bytes_per_token": 100.0, "experts_bytes_per_token": 400.0, "pairs_per_token": 8.0}
@@ -50,7 +50,14 @@ def test_counters_of_workers_that_died_do_not_count() -> None:
 def test_modes() -> None:
     assert parse("segments") == SEGMENTS
     assert parse("none") == NONE
-    assert parse("pause-8") == Mode(False, 8)
+    assert parse("alternate") == ALTERNATE
+    assert [mode.writes for mode in (SEGMENTS, NONE, ALTERNATE, parse("pause-8"))] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert parse("pause-8") == Mode(pause_steps=8)
     for wrong in ("", "pause", "pause-0", "pause--1", "pause-99999", "all"):
         with pytest.raises(ValueError, match="a checkpoint mode is"):
             parse(wrong)

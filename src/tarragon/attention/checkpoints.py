@@ -12,14 +12,16 @@ from vllm.v1.request import RequestStatus
 
 from tarragon.attention import capture
 from tarragon.attention.baseline import Snapshot
+from tarragon.attention.comparison import Comparison
 from tarragon.attention.reprotect import Reprotector
 from tarragon.attention.resume import Resumer, Seat
 from tarragon.boot import Boot
 from tarragon.checkpoint.bucket import Bucket
 from tarragon.checkpoint.client import StoreClient
+from tarragon.checkpoint.mode import Mode
 from tarragon.checkpoint.mode import parse as parse_mode
 from tarragon.checkpoint.restore import Restorer
-from tarragon.checkpoint.writer import Checkpointer, Scheduled
+from tarragon.checkpoint.writer import UNRESTORABLE, Checkpointer, Scheduled
 
 
 class Checkpoints:
@@ -48,7 +50,8 @@ class Checkpoints:
         self._asked_mode = self._mode = parse_mode(boot.config.checkpoint_mode)
         self._reprotect = True
         self.reprotector = Reprotector(self._scheduler, exact=exact)
-        self.writer.enabled = self._mode.segments
+        self.writer.enabled = self._mode.writes
+        self._comparison = Comparison()
         self._snapshot = Snapshot(runner)
         self._steps = 0
         if not self.layers:
@@ -82,6 +85,7 @@ class Checkpoints:
             "needs_checkpoints": float(not self.reprotector.exact),
             "requests_unprotected": float(self._unprotected(protected)),
             "snapshot_bytes": float(self._snapshot.bytes_copied),
+            **self._comparison.counters(),
             **self.writer.counters.as_dict(),
             **self.restorer.counters.as_dict(),
         }
@@ -121,24 +125,30 @@ class Checkpoints:
                 self.writer.attach(Bucket.map(fd, self._shape))
             finally:
                 os.close(fd)
-            if self.writer.enabled:
+            if self._mode.segments:
                 self.reprotector.began()
         if self._mode != self._asked_mode:
+            self._change(self._mode, self._asked_mode)
             self._mode = self._asked_mode
-            self._change()
         self.reprotector.poll()
 
-    def _change(self) -> None:
-        writer, had = self.writer, self.writer.enabled
-        writer.enable(self._mode.segments)
-        if not writer.enabled:
+    def _change(self, old: Mode, new: Mode) -> None:
+        writer = self.writer
+        if old.alternate or new.alternate:
+            writer.enable(False)  # what one of the two has written is of no use to the other
+            self._comparison = Comparison()
+            capture.Capture.checkpointer = writer
+        writer.enable(new.writes)
+        if not new.segments:
             self.reprotector.ended()
-        elif not had and writer.bucket is not None and self._reprotect:
+        elif not old.segments and writer.bucket is not None and self._reprotect:
             self.reprotector.began()
 
     def begin(self, scheduler_output: Any) -> None:
         """Before a step: take back the records whose blocks it may overwrite. Raises Fenced."""
         writer = self.writer
+        if self._mode.alternate and not self._has_checkpoints(scheduler_output):
+            return
         writer.check_seal()
         writer.release(scheduler_output.finished_req_ids)
         scheduled, live = scheduler_output.num_scheduled_tokens, self._scheduler.requests
@@ -152,6 +162,14 @@ class Checkpoints:
         if scheduler_output.kv_cache_block_copies:
             writer.copy_blocks(scheduler_output.kv_cache_block_copies, max(self._block_sizes))
 
+    def _has_checkpoints(self, scheduler_output: Any) -> bool:
+        """Whether this step is one with checkpoints where those with and without are compared."""
+        tokens = scheduler_output.total_num_scheduled_tokens
+        decodes = tokens == len(scheduler_output.num_scheduled_tokens)
+        has = self._comparison.begin(tokens if decodes else 0)
+        capture.Capture.checkpointer = self.writer if has else None
+        return has
+
     def load(self, scheduler_output: Any) -> None:
         """Just before the forward pass: put restored rows into the cache."""
         if scheduler_output.kv_connector_metadata.loads:
@@ -162,13 +180,19 @@ class Checkpoints:
         self._steps += 1
         if self._mode.pause_steps and self._steps % self._mode.pause_steps == 0:
             self._snapshot.take()
-        if not self.writer.enabled or self.writer.bucket is None:
-            return
+        noted = capture.Capture.checkpointer is not None
+        if noted and self.writer.enabled and self.writer.bucket is not None:
+            self._commit(scheduler_output.num_scheduled_tokens)
+        if self._mode.alternate:
+            self._comparison.end()
+
+    def _commit(self, scheduled: Mapping[str, int]) -> None:
         batch = self._runner.input_batch
         index, computed = batch.req_id_to_index, batch.num_computed_tokens_cpu
         entries = [
             Scheduled(name, index[name], int(computed[index[name]]) + tokens)
-            for name, tokens in scheduler_output.num_scheduled_tokens.items()
+            for name, tokens in scheduled.items()
         ]
         tables = [batch.block_table[group].block_table.cpu for group in range(len(self._block_sizes))]
-        self.writer.commit(entries, tables, self._attempts)
+        attempts = dict.fromkeys(scheduled, UNRESTORABLE) if self._mode.alternate else self._attempts
+        self.writer.commit(entries, tables, attempts)

@@ -2,8 +2,9 @@
 
 The baseline stops every few steps to copy the whole cache. One cluster under one closed-loop load; the way
 to checkpoint changes every few seconds, in an order that is drawn anew for each round. So all schemes meet
-the same streams, cores and moments, and a drift of the machine hits all alike. Beside it, without any
-comparison: the seconds that writing took of the attention workers' steps, which bounds the cost from above,
+the same streams, cores and moments, and a drift of the machine hits all alike. What is left of its noise is
+more than the 1 % in question; so at last every other step has checkpoints, and each is compared with its
+neighbour. Beside it, without any comparison: the seconds that writing took of the attention workers' steps,
 and the bytes written against the formula of appendix C.
 """
 
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +36,8 @@ PAUSES: Final = (1, 4, 8, 16, 32)
 SETTLE_S: Final = 0.4
 """Left out at the start of a window: workers change at their next step."""
 QUICK_LAYERS: Final = 4
+NORMAL_95: Final = 1.96
+"""Standard errors on each side of a mean of many that hold 95 %."""
 _ELEMENT_BYTES: Final = 2
 
 
@@ -44,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--pair-rounds", type=int, default=100, help="further windows of none against segments"
     )
+    options.add_argument(
+        "--steps-s", type=float, default=240.0, help="seconds of steps with and without, in turn"
+    )
     options.add_argument("--attention-workers", type=int, default=2)
     options.add_argument("--expert-workers", type=int, default=2)
     options.add_argument("--quick", action="store_true", help="few rounds, the demo model's first layers")
@@ -54,10 +62,11 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.quick:
         options.rounds, options.pair_rounds = min(options.rounds, 3), min(options.pair_rounds, 6)
+        options.steps_s = min(options.steps_s, 20.0)
         options.layers = options.layers or QUICK_LAYERS
     model = options.model or ensure_demo_model(layers=options.layers)
     schemes = ["none", "segments", *(f"pause-{steps}" for steps in PAUSES)]
-    planned_s = options.window_s * (options.rounds * len(schemes) + 2 * options.pair_rounds)
+    planned_s = options.window_s * (options.rounds * len(schemes) + 2 * options.pair_rounds) + options.steps_s
     try:
         with (
             Cluster(model, options.attention_workers, options.expert_workers) as cluster,
@@ -75,6 +84,7 @@ def main(argv: list[str]) -> int:
         "window_s": options.window_s,
         "rounds": options.rounds,
         "pair_rounds": options.pair_rounds,
+        "steps_s": options.steps_s,
     }
     output.write(output.result("checkpoint", settings, metrics), options.json)
     print(report(metrics))
@@ -103,7 +113,48 @@ async def _measure(
             for scheme in ("none", "segments") if number % 2 == 0 else ("segments", "none"):
                 pairs[scheme].append(await _window(cluster, load, scheme, options.window_s, account))
                 bar.done(options.window_s)
-    return conclude(rounds, pairs, account, segment_bytes(model))
+        bar.doing("steps in turn")
+        steps = await _steps(cluster, load, options.steps_s)
+        bar.done(options.steps_s)
+    return {**conclude(rounds, pairs, account, segment_bytes(model)), **steps}
+
+
+async def _steps(cluster: Cluster, load: EndlessLoad, seconds: float) -> dict[str, Any]:
+    """Steps with and without checkpoints in turn, as the attention workers compare them."""
+    await asyncio.to_thread(cluster.admin.checkpointing, "alternate", reprotect=False)
+    found = await load.window(seconds)
+    workers = await asyncio.to_thread(_attention_counters, cluster)
+    await asyncio.to_thread(cluster.admin.checkpointing, "none", reprotect=False)
+    return conclude_steps(workers, found.cpu_s_per_token)
+
+
+def conclude_steps(workers: Sequence[Mapping[str, float]], cpu_s_per_token: float) -> dict[str, Any]:
+    """Cost of a step's checkpoints from the workers' means and standard errors, pooled over all pairs.
+
+    ``step_cost``: of a step's wall time; ``step_cpu_cost``: of the CPU time that all processes of the cluster
+    take for a token. Empty if the steps were too few.
+    """
+    pairs = sum(worker["compared_pairs"] for worker in workers)
+    tokens = sum(worker["compared_tokens"] for worker in workers)
+    if not tokens or not cpu_s_per_token:
+        return {}
+
+    def pooled(name: str) -> tuple[float, float]:
+        mean = sum(worker["compared_pairs"] * worker[name] for worker in workers) / pairs
+        squares = sum((worker["compared_pairs"] * worker[f"{name}_error"]) ** 2 for worker in workers)
+        return mean, math.sqrt(squares) / pairs
+
+    def told(mean: float, error: float) -> dict[str, Any]:
+        ci95 = [mean - NORMAL_95 * error, mean + NORMAL_95 * error]
+        return {"mean": mean, "ci95": ci95, "verdict": judge(ci95, int(pairs), at_most=COST_MAX)}
+
+    wall, cpu = pooled("compared_wall_cost"), pooled("compared_cpu_s")
+    share = pairs / tokens / cpu_s_per_token
+    return {
+        "step_pairs": pairs,
+        "step_cost": told(*wall),
+        "step_cpu_cost": {**told(cpu[0] * share, cpu[1] * share), "us_per_step": 1e6 * cpu[0]},
+    }
 
 
 async def _window(
@@ -120,7 +171,7 @@ async def _window(
 
 
 def _counters(cluster: Cluster) -> dict[str, float]:
-    """Sums over the attention workers; as old as their last report."""
+    """Sums over the attention workers."""
     names = (
         "checkpoint_s",
         "checkpoint_bytes",
@@ -129,8 +180,13 @@ def _counters(cluster: Cluster) -> dict[str, float]:
         "step_s",
         "pairs",
     )
-    found = [w.get("counters", {}) for w in cluster.status()["workers"] if w["role"] == "attention"]
+    found = _attention_counters(cluster)
     return {name: sum(counters.get(name, 0.0) for counters in found) for name in names}
+
+
+def _attention_counters(cluster: Cluster) -> list[dict[str, float]]:
+    """Of each attention worker; as old as its last report."""
+    return [w.get("counters", {}) for w in cluster.status()["workers"] if w["role"] == "attention"]
 
 
 def segment_bytes(model: Path) -> dict[str, float]:
@@ -197,6 +253,13 @@ def report(metrics: dict[str, Any]) -> str:
     ]
     if metrics["cpu_cost"]:
         lines.append(cpu_text(metrics["cpu_cost"]))
+    if "step_cost" in metrics:
+        lines += [
+            f"{metrics['step_pairs']:.0f} pairs of steps: "
+            + _step_text(metrics["step_cost"], "time of a step"),
+            _step_text(metrics["step_cpu_cost"], "CPU time per token")
+            + f"; {metrics['step_cpu_cost']['us_per_step']:.0f} us a step",
+        ]
     if "writing_share_of_steps" in metrics:
         lines.append(f"writing took {100 * metrics['writing_share_of_steps']:.2f} % of the steps' time")
     if "bytes" in metrics:
@@ -207,6 +270,11 @@ def report(metrics: dict[str, Any]) -> str:
             f"{found['formula_over_experts_traffic']:.2f} of the AW-EW traffic"
         )
     return "\n".join(lines)
+
+
+def _step_text(cost: dict[str, Any], what: str) -> str:
+    low, high = cost["ci95"]
+    return f"{what} {cost['mean']:+.2%} ({low:+.2%} to {high:+.2%}): {cost['verdict']}"
 
 
 def draw(axes: Any, metrics: dict[str, Any]) -> None:

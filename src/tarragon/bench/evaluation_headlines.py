@@ -85,12 +85,23 @@ def _variants(metrics: Mapping[str, Any]) -> str:
 
 
 def _segments(metrics: Mapping[str, Any]) -> str:
-    cost = metrics["cost"]
-    low, high = (100 * value for value in cost["ci95"])
-    return (
-        f"cost {100 * cost['median']:.1f} % ({low:.1f} to {high:.1f} %, n={cost['n']}): "
-        f"at most 1 % {cost['verdict']}"
+    found = {
+        "of tokens/s": (metrics["cost"], metrics["cost"]["median"], metrics["cost"]["n"]),
+        "of a step's time": _by_steps(metrics, "step_cost"),
+        "of the CPU time per token": _by_steps(metrics, "step_cpu_cost"),
+    }
+    return "at most 1 %: " + "; ".join(
+        f"{what} {100 * middle:.2f} % ({100 * cost['ci95'][0]:.2f} to {100 * cost['ci95'][1]:.2f} %, "
+        f"n={count:.0f}) {cost['verdict']}"
+        for what, (cost, middle, count) in found.items()
+        if cost
     )
+
+
+def _by_steps(metrics: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], float, float]:
+    """Cost, mean and pairs; empty where the steps were too few."""
+    cost = metrics.get(name, {})
+    return cost, cost.get("mean", 0.0), metrics.get("step_pairs", 0.0)
 
 
 def _pause(metrics: Mapping[str, Any]) -> str:

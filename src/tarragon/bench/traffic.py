@@ -170,9 +170,13 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def shown(layers: Sequence[Exchange], count: int) -> dict[str, Any]:
-    """A run of layers of one step whose length is the median of all such runs; times in ms from its start."""
+    """A run of layers of one step whose length is the median of all such runs; times in ms from its start.
+
+    One in which segments are written, if there is one: a write has those of several layers.
+    """
     runs = [layers[at : at + count + 1] for at in range(len(layers) - count)]
     runs = [run for run in runs if run[-1].out.layer > run[0].out.layer] or runs
+    runs = [run for run in runs if any(layer.segments for layer in run[:-1])] or runs
     run = sorted(runs, key=lambda run: run[-1].out.start_s - run[0].out.start_s)[len(runs) // 2]
     start_s, end_s = run[0].out.start_s, run[-1].out.start_s
     movements = [one for layer in run[:-1] for one in (layer.out, *layer.answers, *layer.segments)]
@@ -220,7 +224,7 @@ def report(metrics: dict[str, Any]) -> str:
         f"{100 * metrics['segment_bytes_in_gaps']:.0f} % of the segments' bytes are written within",
     ]
     if metrics["segment_us"]:
-        lines.append(f"writing a segment takes {metrics['segment_us']['median']:.0f} us (median)")
+        lines.append(f"a write of segments takes {metrics['segment_us']['median']:.0f} us (median)")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
@@ -19,6 +19,9 @@ from tarragon.config import SEGMENT_ROWS_PER_WRITE, SEGMENTS_PER_WRITE
 from tarragon.counters import Counters
 from tarragon.native.segments import commit_records, release_record, segment_write
 from tarragon.refe.traffic import SEGMENTS, TrafficRing
+
+UNRESTORABLE: Final = 0xFFFF_FFFF
+"""The attempt of records that nobody may go on from: no request is tried so often."""
 
 
 class Fenced(RuntimeError):
