@@ -94,10 +94,10 @@ def ask(url: str, model: str, bodies: list[dict[str, Any]], *, concurrency: int)
     return asyncio.run(all_of_them())
 
 
-def random_checkpoint(kind: str, folder: Path, *, layers: int = 2) -> Path:
+def random_checkpoint(kind: str, folder: Path, *, layers: int = 2, dtype: str = "bfloat16") -> Path:
     """Random weights of architecture ``kind``, with the demo model's tokenizer and vocabulary."""
     tokenizer = ensure_demo_model(layers=SMALL_LAYERS)
-    make_checkpoint(kind, folder, layers=layers, vocab=VOCABULARY)
+    make_checkpoint(kind, folder, layers=layers, vocab=VOCABULARY, dtype=dtype)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, folder / name)
     return folder

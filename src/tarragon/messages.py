@@ -7,7 +7,7 @@ Two kinds of link (section 4.1 keeps them apart):
   shared memory; nothing is parsed or allocated on their behalf.
 
 Every message carries or is preceded by the sender's epoch; the receiver
-refuses and counts what is older than what it knows.
+refuses and counts what is not of an incarnation that it knows as living.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ WorkerState = Literal["starting", "healthy", "suspect", "dead", "draining"]
 
 
 class ProtocolError(ValueError):
-    """A frame or message that breaks the protocol: it is refused and counted, never guessed at."""
+    """A frame or message that breaks the protocol: it is refused, never guessed at.
+
+    docs/metrics.md ("What is refused") says who counts it under which name.
+    """
 
 
 # ------------------------------------------------------------------ data frames (AW <-> EW)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from tarragon.checkpoint.bucket import Bucket, BucketError, BucketShape
 from tarragon.checkpoint.restore import Restorer, RowKind, Source
-from tarragon.checkpoint.writer import Checkpointer, Fenced, Scheduled, Segment
+from tarragon.checkpoint.writer import Checkpointer, Fenced, Scheduled
 from tarragon.config import SEGMENT_ROWS_PER_WRITE, SEGMENTS_PER_WRITE
 from tarragon.gateway.wire import Origin
 from tarragon.native.segments import segment_write
@@ -36,9 +37,9 @@ KINDS = [RowKind(0, (2, 8), (2, 8), torch.bfloat16)] * 3
 class Worker:
     """One attention worker's writing side over a fresh bucket, with made-up rows."""
 
-    def __init__(self, shape: BucketShape = SHAPE, *, deferred: bool = True) -> None:
+    def __init__(self, shape: BucketShape = SHAPE) -> None:
         self.fd = create_sealed("bucket", shape.total_bytes)
-        self.writer = Checkpointer(deferred=deferred)
+        self.writer = Checkpointer()
         self.writer.attach(Bucket.map(self.fd, shape))
         self.tables = torch.zeros(4, 8, dtype=torch.int32)
         self.rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -47,11 +48,13 @@ class Worker:
         slots = torch.tensor(
             [int(self.tables[row, position // 4]) * 4 + position % 4 for position in range(start, stop)]
         )
+        noted = self.writer.begin_step(len(slots))
+        assert noted is not None
         for layer in range(SHAPE.layers):
             # As the engine has them: parts of one wider matrix.
             both = torch.randn(len(slots), 2, 2, 8).to(torch.bfloat16)
             key, value = both[:, 0], both[:, 1]
-            self.writer.capture(Segment(layer, key, value, slots))
+            noted.append((layer, key, value, slots))
             for i, slot in enumerate(slots.tolist()):
                 self.rows[layer, slot] = key[i].clone(), value[i].clone()
 
@@ -81,18 +84,13 @@ def found(reader: Restorer, name: str = "r", attempt: int = 1) -> Source | None:
     return reader.find(name, [Origin("aw-0", 7, attempt)])
 
 
-@pytest.mark.parametrize("deferred", [True, False])
-def test_committed_rows_come_back_bit_for_bit(deferred: bool) -> None:
-    worker = Worker(deferred=deferred)
-    worker.tables[0, :3] = torch.tensor([5, 2, 9])
+def test_committed_rows_come_back_bit_for_bit(worker: Worker, reader: Restorer) -> None:
     worker.write(0, 0, 10)
     worker.commit("r", 0, 10)
-    restorer = Restorer("same")
-    restorer.add("aw-0", 7, worker.fd)
-    source = found(restorer)
+    source = found(reader)
     assert source is not None
     assert source.record.positions == 10
-    rows = restorer.read(source, 2, 10, KINDS)
+    rows = reader.read(source, 2, 10, KINDS)
     assert rows is not None
     for layer, taken in enumerate(rows):
         assert taken.positions.tolist() == list(range(2, 10))
@@ -101,7 +99,6 @@ def test_committed_rows_come_back_bit_for_bit(deferred: bool) -> None:
             key, value = worker.rows[layer, slot]
             assert torch.equal(taken.key[i], key)
             assert torch.equal(taken.value[i], value)
-    worker.close()
 
 
 def test_what_is_not_committed_is_not_seen(worker: Worker, reader: Restorer) -> None:
@@ -110,26 +107,35 @@ def test_what_is_not_committed_is_not_seen(worker: Worker, reader: Restorer) -> 
     assert found(reader) is None
 
 
-def test_gaps_are_used_for_several_layers_at_a_time_and_the_last_one_always(worker: Worker) -> None:
-    slots, row = torch.tensor([20]), torch.randn(1, 2, 8).to(torch.bfloat16)
-    wide = torch.randn(SEGMENT_ROWS_PER_WRITE, 2, 8).to(torch.bfloat16)
-    padding = torch.full((SEGMENT_ROWS_PER_WRITE,), -1)
-    written = worker.writer.counters
+def test_gaps_are_used_for_several_layers_at_a_time_and_the_last_one_always() -> None:
+    layers = SEGMENTS_PER_WRITE + 2
+    worker = Worker(msgspec.structs.replace(SHAPE, layers=layers, layer_groups=(0,) * layers))
+    row, slots = torch.randn(1, 2, 8).to(torch.bfloat16), torch.tensor([20])
 
-    def gap(layer: int) -> int:
-        worker.writer.capture(Segment(layer, row, row, slots))
+    def written(tokens: int) -> list[int]:
+        """Segments that are in the bucket after each layer's gap."""
+        noted = worker.writer.begin_step(tokens)
+        assert noted is not None
         worker.writer.use_gap()
-        return written.checkpoint_segments
+        before, found = worker.writer.counters.checkpoint_segments, []
+        for layer in range(layers):
+            noted.append((layer, row, row, slots))
+            worker.writer.use_gap()
+            found.append(worker.writer.counters.checkpoint_segments - before)
+        return found
 
-    worker.writer.use_gap()
-    assert [gap(layer) for layer in range(SHAPE.layers)] == [0, 0, SHAPE.layers]
-    assert [gap(0) - SHAPE.layers for _ in range(SEGMENTS_PER_WRITE)] == [0] * (SEGMENTS_PER_WRITE - 1) + [
-        SEGMENTS_PER_WRITE
-    ]
-    before = written.checkpoint_segments
-    worker.writer.capture(Segment(0, wide, wide, padding))
-    worker.writer.use_gap()
-    assert written.checkpoint_segments == before + 1, "a long prompt's rows are not piled up"
+    for _ in range(2):
+        assert written(1) == [0] * (SEGMENTS_PER_WRITE - 1) + [SEGMENTS_PER_WRITE] * 2 + [layers]
+    assert written(SEGMENT_ROWS_PER_WRITE) == list(range(1, layers + 1)), "a long prompt's rows pile up"
+    worker.close()
+
+
+def test_without_a_bucket_or_switched_off_nothing_is_noted(worker: Worker) -> None:
+    assert Checkpointer().begin_step(1) is None
+    worker.writer.enable(False)
+    assert worker.writer.begin_step(1) is None
+    worker.writer.enable(True)
+    assert worker.writer.begin_step(1) == []
 
 
 @pytest.mark.parametrize(
@@ -245,6 +251,26 @@ def test_reading_seals_and_the_writer_stops(worker: Worker, reader: Restorer) ->
     with pytest.raises(Fenced):
         worker.writer.flush()
     assert torch.equal(rows, before.rows)
+
+
+def test_a_seal_that_comes_after_the_last_row_stops_the_commit(worker: Worker, reader: Restorer) -> None:
+    """The last layer's rows are written in its gap: at the step's end nothing is left to flush."""
+    worker.write(0, 0, 6)
+    worker.commit("r", 0, 6)
+    worker.write(0, 6, 7)
+    worker.writer.flush()
+    bucket = worker.writer.bucket
+    assert bucket is not None
+    assert found(reader) is not None
+    records = bucket.records.clone()
+    with pytest.raises(Fenced):
+        worker.commit("r", 0, 7)
+    with pytest.raises(Fenced):
+        worker.commit("new", 1, 3)
+    assert torch.equal(bucket.records, records)
+    source = found(reader)
+    assert source is not None
+    assert source.record.positions == 6
 
 
 def test_a_flipped_byte_in_a_row_is_found(worker: Worker, reader: Restorer) -> None:

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tarragon.checkpoint import ledger as ledger_module
 from tarragon.checkpoint.ledger import Fenced, Granted, Ledger, Waits
 
-LINGER_S = 30.0
+LINGER_S, LINGER_MIN_S = 30.0, 5.0
 
 
 def make(bytes_max: int = 0) -> Ledger:
-    return Ledger(bytes_max=bytes_max, linger_s=LINGER_S)
+    return Ledger(bytes_max=bytes_max, linger_s=LINGER_S, linger_min_s=LINGER_MIN_S)
 
 
 def test_an_incarnation_gets_one_bucket_and_the_same_one_when_it_asks_again() -> None:
@@ -85,6 +85,18 @@ def test_a_bucket_lingers_after_its_incarnation_is_missing_and_never_without_new
     assert ledger.due(130.0) == [("aw-0", 1)]
     assert ledger.due(1e9) == []
     assert list(ledger.entries) == [("aw-1", 2)]
+
+
+def test_who_waits_for_room_shortens_the_time_of_the_dead() -> None:
+    ledger = make(2000)
+    ledger.open("aw-0", 1, 1000)
+    ledger.open("aw-1", 2, 1000)
+    ledger.living([("aw-1", 2)], 100.0)
+    assert isinstance(ledger.open("aw-0", 3, 1000), Waits)
+    assert ledger.next_due_s() == 105.0
+    assert ledger.due(104.9) == []
+    assert ledger.due(105.0) == [("aw-0", 1)]
+    assert ledger.next_waiting() == (("aw-0", 3), 1000)
 
 
 def test_buckets_stay_while_nobody_lives_who_could_restore_from_them() -> None:

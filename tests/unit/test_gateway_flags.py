@@ -168,6 +168,28 @@ def test_engine_args_are_those_of_the_server() -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags_given", "stored"),
+    [
+        ((), "float32"),
+        (("--dtype", "auto"), "float16"),
+        (("--dtype=half",), "float16"),
+        (("--dtype", "float"), "float32"),
+        (("--dtype", "bfloat16"), "bfloat16"),
+    ],
+)
+def test_the_type_of_the_experts_may_be_asked_for(flags_given: tuple[str, ...], stored: str) -> None:
+    flags.check_dtype(flags_given, stored)
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored"), [("float32", "bfloat16"), ("half", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_another_type_is_refused(asked: str, stored: str) -> None:
+    with pytest.raises(FlagError, match=f"--dtype {asked} is refused.* {stored}"):
+        flags.check_dtype(("--dtype", asked), stored)
+
+
+@pytest.mark.parametrize(
     ("document", "sentence"),
     [
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights (fp8)"),

@@ -94,7 +94,7 @@ def test_the_descriptor_stays_readable_until_the_end_was_seen() -> None:
             received += ew.recv_ready()
         assert received == [ROWS]
         assert ew.recv() is None
-        assert ew.torn == 0
+        assert (ew.frames_malformed, ew.end_cause) == (0, "the other end is gone")
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 33, 41, 1_000])
@@ -148,14 +148,15 @@ def test_a_frame_cut_in_two_ends_the_link_and_is_counted() -> None:
         aw.close_socket()
         assert ew.recv(WAIT_S) == ROWS
         assert ew.recv(WAIT_S) is None
-        assert (ew.eof, ew.torn, ew.malformed) == (True, 1, 0)
+        assert (ew.eof, ew.torn, ew.malformed, ew.frames_malformed) == (True, 1, 0, 1)
+        assert ew.end_cause == "the other end is gone in the middle of a frame"
 
 
 def test_what_is_no_frame_ends_the_link_and_is_counted() -> None:
     with linked() as (aw, ew):
         aw.sock.sendall(pack_data(ROWS) + b"\xff" * DATA_FRAME_BYTES + pack_data(ROWS))
         assert ew.recv_ready() == [ROWS]
-        assert (ew.eof, ew.torn, ew.malformed) == (True, 0, 1)
+        assert (ew.eof, ew.torn, ew.malformed, ew.frames_malformed) == (True, 0, 1, 1)
         assert "magic" in ew.end_cause
         assert ew.recv_ready() == []
         assert ew.recv() is None
@@ -265,6 +266,7 @@ def test_setting_up_a_link_with_a_silent_peer_is_bounded() -> None:
 
 @no_leak()
 def test_setting_up_a_link_with_a_peer_that_leaves_or_babbles_leaves_nothing() -> None:
+    before = DataLink.refused
     aw, ew = connection_pair()
     ew.close()
     with pytest.raises(ConnectionError):
@@ -278,3 +280,4 @@ def test_setting_up_a_link_with_a_peer_that_leaves_or_babbles_leaves_nothing() -
         ew.send_control(TableAck(worker_id="ew-0", epoch=7, version=1))
         with pytest.raises(ProtocolError, match="answer"):
             DataLink.offer(aw, OFFER, timeout_s=WAIT_S)
+    assert DataLink.refused == before + 1, "who leaves is not refused, who babbles is"

@@ -172,7 +172,18 @@ def test_a_broken_config(text: str, tmp_path: Path) -> None:
             {"architectures": ["LlamaForCausalLM"], "num_local_experts": None},
             "LlamaForCausalLM has no experts",
         ),
-        ({"architectures": ["DbrxForCausalLM"]}, "DbrxForCausalLM is not supported; supported are Mixtral"),
+        (
+            {"architectures": ["DbrxForCausalLM"]},
+            r"DbrxForCausalLM is not supported; supported are Mixtral.*\(docs/architectures\.md\)",
+        ),
+        (
+            {"architectures": ["Ernie4_5_MoeForCausalLM"], "num_local_experts": None, "moe_num_experts": 64},
+            "Ernie4_5_MoeForCausalLM is not supported; supported are",
+        ),
+        (
+            {"architectures": ["Llama4X"], "num_local_experts": None, "text_config": {"num_experts": 16}},
+            "Llama4X is not supported; supported are",
+        ),
         ({"architectures": None}, "does not name an architecture"),
         ({"architectures": [["MixtralForCausalLM"]]}, "not supported"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"\(fp8\) are not supported yet"),
@@ -207,6 +218,18 @@ def test_a_gpt_oss_with_another_activation(key: str, tmp_path: Path) -> None:
     read_model(folder)
     (folder / "config.json").write_text(json.dumps(config | {key: 1.0}))
     assert key in refusal(folder)
+
+
+def test_latent_attention_of_other_sizes(tmp_path: Path) -> None:
+    folder = make_checkpoint("deepseek_v3", tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    for key, built_in in (("kv_lora_rank", 512), ("qk_rope_head_dim", 64)):
+        assert config[key] == built_in
+        (folder / "config.json").write_text(json.dumps({**config, key: built_in // 2}))
+        assert f"supports a {key} of {built_in} only, not {built_in // 2}" in refusal(folder)
+        del config[key]  # then the class takes the number above
+        (folder / "config.json").write_text(json.dumps(config))
+        read_model(folder)
 
 
 # ------------------------------------------------------------------ what is refused: the weights
@@ -331,6 +354,60 @@ def test_an_expert_of_another_type_or_shape(tensor: torch.Tensor, words: str, tm
     name = expert_name(1, 0, "w1")
     sentence = refusal(write_tiny(tmp_path / "m", tiny_tensors() | {name: tensor}))
     assert re.search(re.escape(name) + ".*" + words, sentence)
+
+
+OTHER_WEIGHTS = (
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.1.self_attn.q_proj.bias",
+    "model.layers.1.block_sparse_moe.gate.weight",
+    "lm_head.weight",
+)
+
+
+@pytest.mark.parametrize("name", OTHER_WEIGHTS)
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+        (torch.int32, "I32"),
+        (torch.float64, "F64"),
+    ],
+)
+def test_any_weight_of_another_type(name: str, dtype: torch.dtype, stored: str, tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "m", tiny_tensors() | {name: torch.ones(HIDDEN).to(dtype)})
+    assert f"{name} is {stored}, but weights must be bfloat16, float16 or float32" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.weight_scale_inv", "model.layers.1.k.scales"]
+)
+def test_scales_of_quantised_weights(name: str, tmp_path: Path) -> None:
+    tensors = tiny_tensors() | {name: torch.ones(HIDDEN).to(torch.float8_e4m3fn)}
+    assert f"{name} is F8_E4M3" in refusal(write_tiny(tmp_path / "m", tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", OTHER_WEIGHTS)
+def test_weights_beside_the_experts_may_have_a_type_of_their_own(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensors = tiny_tensors() | {name: torch.ones(HIDDEN, dtype=dtype)}
+    assert read_model(write_tiny(tmp_path / "m", tensors)).dtype == "bfloat16"
+
+
+def test_what_is_no_weight_may_be_of_any_type(tmp_path: Path) -> None:
+    tensors = tiny_tensors() | {
+        "model.embeddings.position_ids": torch.arange(HIDDEN),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(HIDDEN),
+        "model.layers.0.self_attn.mask": torch.ones(HIDDEN, dtype=torch.bool),
+        "model.layers.2.self_attn.q_proj.weight": torch.ones(HIDDEN, dtype=torch.int8),  # further prediction
+    }
+    assert read_model(write_tiny(tmp_path / "m", tensors)).moe_layers == (0, 1)
 
 
 def _fields(model: MoeModel) -> dict[str, Any]:

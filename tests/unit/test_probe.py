@@ -211,6 +211,24 @@ def test_no_garbage_is_taken_for_an_answer(seed: int) -> None:
         unpack_answer(bytes(raw), EPOCH)
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [b"\xff" * PROBE_FRAME_BYTES, pack_probe(ANSWER, EPOCH - 1, 1, 0), pack_probe(PROBE, EPOCH, 1, 0)],
+    ids=["garbage", "another epoch", "a probe"],
+)
+def test_what_is_no_answer_ends_the_channel_and_is_counted(raw: bytes) -> None:
+    asking, answering = socket.socketpair()
+    before = ProbeChannel.malformed
+    with contextlib.closing(ProbeChannel(asking, EPOCH)) as channel, answering:
+        answering.sendall(pack_probe(ANSWER, EPOCH, 1, 5))
+        assert channel.recv_ready() == [Answer(1, 5)]
+        answering.sendall(raw)
+        assert channel.recv_ready() == []
+        assert (channel.eof, ProbeChannel.malformed - before) == (True, 1)
+        with pytest.raises(ConnectionError, match="no answer of epoch"):
+            channel.send(2)
+
+
 def test_only_a_probe_open_opens() -> None:
     message = ProbeOpen(sender_id="aw-0", sender_epoch=1, receiver_epoch=2)
     assert probe_open(encode_control(message)) == message

@@ -777,6 +777,17 @@ def test_the_number_of_workers_is_bounded() -> None:
         cluster.commands.add("expert", cluster.now_s)
 
 
+def test_an_attention_worker_without_room_for_checkpoints_is_not_added() -> None:
+    cluster = started(config_of(attention=2, checkpoint_bytes_max=1 << 30))
+    cluster.do(cluster.commands.add("attention", cluster.now_s)[1])
+    with pytest.raises(MembershipError, match="checkpoint_bytes_max has no room"):
+        cluster.commands.add("attention", cluster.now_s)
+    cluster.do(cluster.commands.add("expert", cluster.now_s)[1])
+    unbounded = started(config_of(attention=2))
+    for _ in range(2):
+        unbounded.do(unbounded.commands.add("attention", unbounded.now_s)[1])
+
+
 def test_a_signal_changes_nothing_by_itself() -> None:
     cluster = started(config_of())
     worker, actions = cluster.commands.kill("ew-0", signal.SIGSTOP)
@@ -809,6 +820,46 @@ def test_malformed_reports_and_odd_messages_are_counted_not_used() -> None:
     refused = cluster.recovery.membership.refused
     assert refused["malformed_report"] == 2
     assert refused["unexpected_message"] == 2
+
+
+def covered(cluster: Cluster) -> list[list[bool]]:
+    """Which experts the table in force has a shadow of, by layer."""
+    return [[len(holders) > 1 for holders in row] for row in cluster.recovery.residency.table.candidates]
+
+
+def test_shadows_follow_what_is_used() -> None:
+    # Room for the four primaries of each worker and two shadows: half of the experts.
+    cluster = started(config_of(expert_memory_bytes_max=6 * EXPERT_BYTES, shadow_review_s=1.0))
+    assert covered(cluster) == [[True] * 4, [False] * 4]
+
+    def use(*rows: list[int]) -> None:
+        ew_0 = cluster.processes["ew-0"]
+        report = Report(worker_id="ew-0", epoch=ew_0.epoch, counters={}, expert_pairs=[*rows])
+        cluster.say(ew_0, report)
+        for _ in range(int(1.5 / TICK_S)):
+            cluster.tick()
+        cluster.settle()
+
+    use([50] * 4, [52] * 4)
+    assert covered(cluster) == [[True] * 4, [False] * 4], "too little to move anything for"
+    use([100, 100, 0, 0], [0, 0, 300, 900])
+    assert covered(cluster) == [[True, True, False, False], [False, False, True, True]]
+    assert [note.text for note in cluster.notes if note.kind == "placement"] == [
+        "shadows follow what is used"
+    ]
+    assert cluster.recovery.full_capacity
+
+
+def test_shadows_stay_where_all_have_one_or_nobody_looks() -> None:
+    for settings_ in ({}, {"expert_memory_bytes_max": 6 * EXPERT_BYTES, "shadow_review_s": 0.0}):
+        cluster = started(config_of(**settings_))
+        before = covered(cluster)
+        ew_0 = cluster.processes["ew-0"]
+        rows = [[0] * 4, [900] * 4]
+        cluster.say(ew_0, Report(worker_id="ew-0", epoch=ew_0.epoch, counters={}, expert_pairs=rows))
+        for _ in range(200):
+            cluster.tick()
+        assert covered(cluster) == before
 
 
 def test_usage_adds_up_over_incarnations() -> None:

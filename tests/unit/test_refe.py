@@ -16,7 +16,15 @@ import pytest
 import torch
 
 from tarragon.config import Config
-from tarragon.messages import DataFrame, DataKind, Peer, Table
+from tarragon.messages import (
+    DATA_FRAME_BYTES,
+    DataFrame,
+    DataKind,
+    Peer,
+    RefusalReason,
+    Table,
+    pack_data,
+)
 from tarragon.refe.engine import ExpertUnreachable, Refe
 from tarragon.refe.links import LinkDown, NewLink, NewTable
 from tarragon.testing.ends import WAIT_S, connection_pair, thread
@@ -384,6 +392,61 @@ def test_stale_answers_are_dropped_and_counted() -> None:
         workers[0].answer_after_s = workers[1].answer_after_s = 0.02
         layer(refe, 1)
         assert (refe.counters.stale_frames, lost) == (2, [])
+
+
+def test_an_answer_of_another_incarnation_is_no_answer() -> None:
+    """Neither from a former expert worker nor to a former attention worker, though layer and step fit."""
+    with group(2) as (refe, workers, lost):
+        workers[0].hangs = True  # so that its own answer comes behind the others
+        fits = DataFrame(DataKind.RESULT, 0, workers[0].peer.epoch, AW_EPOCH, 0, 1)
+
+        def gap() -> None:
+            assert refe._step == fits.step
+            workers[0].link.send(fits._replace(sender_epoch=fits.sender_epoch - 1))
+            workers[0].link.send(fits._replace(receiver_epoch=AW_EPOCH - 1))
+            workers[0].hangs = False
+
+        refe.on_gap = gap
+        layer(refe)  # a first one: no earlier results lie in the region
+        assert (refe.counters.stale_frames, lost) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("raw", "words", "malformed"),
+    [
+        (b"\xff" * DATA_FRAME_BYTES, "data frame with magic 0xffffffff", 1),
+        (pack_data(DataFrame(77, 0, 100, AW_EPOCH, 0, 1)), "data frame of unknown kind 77", 1),
+        (pack_data(DataFrame(DataKind.RESULT, 0, 100, AW_EPOCH, 0, 1))[:-1], "the middle of a frame", 1),
+        (pack_data(DataFrame(DataKind.REFUSED, 0, 100, AW_EPOCH, 0, 1, 99)), "a reason that there is not", 1),
+        (pack_data(DataFrame(DataKind.REFUSED, 0, 100, AW_EPOCH, 0, 1, 0)), "a reason that there is not", 1),
+        (
+            pack_data(DataFrame(DataKind.REFUSED, 0, 100, AW_EPOCH, 0, 1, RefusalReason.NOT_RESIDENT)),
+            "refused a frame: NOT_RESIDENT",
+            0,
+        ),
+    ],
+    ids=["magic", "kind", "length", "reason", "no reason", "refusal"],
+)
+def test_a_worker_that_answers_what_is_no_answer_is_cut_and_replaced(
+    raw: bytes, words: str, malformed: int
+) -> None:
+    with group(2) as (refe, workers, lost):
+        workers[0].hangs = True
+
+        def gap() -> None:
+            refe.on_gap = lambda: None
+            workers[0].link.sock.sendall(raw)
+            if len(raw) < DATA_FRAME_BYTES:
+                workers[0].die()
+
+        refe.on_gap = gap
+        layer(refe)
+        layer(refe, 1)
+        [(name, cause)] = lost
+        assert name == "ew-0"
+        assert words in cause
+        counted = refe.counters
+        assert (counted.frames_malformed, counted.links_lost, counted.replays) == (malformed, 1, 1)
 
 
 def test_the_last_replica_lost_fails_the_step_and_no_later_one() -> None:

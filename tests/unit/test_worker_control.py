@@ -6,14 +6,17 @@ import os
 import queue
 import secrets
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tarragon.attention.control import ControlThread as AttentionControl
 from tarragon.boot import Boot
 from tarragon.config import Config
 from tarragon.control import WorkerControl
@@ -34,10 +37,16 @@ from tarragon.messages import (
     TableUpdate,
     Welcome,
 )
-from tarragon.transport.local import Connection, Listener, dial
+from tarragon.refe.engine import Refe
+from tarragon.testing.ends import frame_bytes
+from tarragon.transport.link import DataLink, LinkRefused, Offer
+from tarragon.transport.local import Connection, HandshakeError, Listener, dial
+from tarragon.transport.probe import ProbeChannel
+from tarragon.transport.region import RegionShape
 
 WAIT_S = 40.0
 TABLE = Table(version=0, workers=[], candidates=[])
+REGION = RegionShape("float32", hidden=8, pairs_max=4)
 
 
 def wait(condition: Callable[[], object], what: str) -> None:
@@ -87,6 +96,14 @@ def next_of(connection: Connection, kind: type[Control]) -> Any:
         assert isinstance(message, Report), message
 
 
+def wait_for_count(connection: Connection, name: str, count: float) -> None:
+    """Read reports until one has counted so many; none may have counted more."""
+    deadline_s = time.monotonic() + WAIT_S
+    while (found := next_of(connection, Report).counters[name]) != count:
+        assert found < count, name
+        assert time.monotonic() < deadline_s, f"{name} is {found}"
+
+
 class Plain(WorkerControl):
     """A worker that remembers what it is told."""
 
@@ -114,6 +131,13 @@ def plain() -> Iterator[Plain]:
     control = Plain(boot_of("attention"))
     yield control
     end(control)
+
+
+def stop_talking(control: WorkerControl, connection: Connection) -> None:
+    """End the control thread while its orchestrator is there: it would dial for seconds otherwise."""
+    control.stopping.set()
+    control.join(WAIT_S)
+    connection.close()
 
 
 def end(control: WorkerControl) -> None:
@@ -192,6 +216,46 @@ def test_who_says_nothing_or_breaks_the_protocol_does_not_end_it(plain: Plain) -
     assert not plain.stopping.is_set()
 
 
+def test_who_is_turned_away_at_the_door_is_reported(plain: Plain) -> None:
+    with closing(Orchestrator(plain.boot)) as orchestrator:
+        plain.start()
+        connection, _ = orchestrator.meet()
+        wait_for_count(connection, "connections_refused", 0)
+        with pytest.raises(HandshakeError):
+            dial(plain.address, b"another secret", timeout_s=WAIT_S, frame_bytes_max=100)
+        wait_for_count(connection, "connections_refused", 1)
+        for number, raw in enumerate((b"\xff" * 8, b"\xff" * 3, b""), start=2):
+            with dial(plain.address, plain.boot.secret, timeout_s=WAIT_S, frame_bytes_max=100) as rude:
+                rude.sock.sendall(raw)
+                rude.sock.shutdown(socket.SHUT_WR)
+                assert rude.recv(WAIT_S) is None
+            wait_for_count(connection, "connections_refused", number)
+        stop_talking(plain, connection)
+    assert plain.admitted.empty()
+
+
+def spoil(orchestrator: Orchestrator) -> int:
+    """Answer Hello with what is no frame, no message, and half a frame; returns how often."""
+    spoilt = (b"\xff" * 8, frame_bytes(b"\xff no message"), frame_bytes(b"half a frame")[:-1])
+    for raw in spoilt:
+        connection, _ = orchestrator.meet()
+        connection.sock.sendall(raw)
+        connection.sock.shutdown(socket.SHUT_WR)
+        while connection.recv(WAIT_S) is not None:
+            pass
+        connection.close()
+    return len(spoilt)
+
+
+def test_malformed_frames_of_an_orchestrator_are_reported_to_the_next(plain: Plain) -> None:
+    with closing(Orchestrator(plain.boot)) as orchestrator:
+        plain.start()
+        count = spoil(orchestrator)
+        connection, _ = orchestrator.meet()
+        wait_for_count(connection, "frames_malformed", count + ProbeChannel.malformed)
+        stop_talking(plain, connection)
+
+
 def test_probes_are_answered_and_never_admitted(plain: Plain) -> None:
     plain.start()
     with dial(plain.address, plain.boot.secret, timeout_s=WAIT_S, frame_bytes_max=1024) as asking:
@@ -200,13 +264,41 @@ def test_probes_are_answered_and_never_admitted(plain: Plain) -> None:
     assert plain.admitted.empty()
 
 
+# ------------------------------------------------------------------ attention workers
+
+
+def test_an_attention_worker_adds_what_refe_refused() -> None:
+    refe = Refe(
+        layers=1,
+        experts=1,
+        top_k=1,
+        pairs_max=1,
+        epoch=7,
+        config=Config(),
+        on_lost=lambda peer, cause: None,
+        on_table=lambda version: None,
+    )
+    refe.counters.frames_malformed = 2
+    control = AttentionControl(boot_of("attention"), refe, REGION)
+    try:
+        with closing(Orchestrator(control.boot)) as orchestrator:
+            control.start()
+            count = spoil(orchestrator)
+            connection, _ = orchestrator.meet()
+            wait_for_count(connection, "frames_malformed", 2 + count + ProbeChannel.malformed)
+            wait_for_count(connection, "links_refused", DataLink.refused)
+            stop_talking(control, connection)
+    finally:
+        end(control)
+
+
 # ------------------------------------------------------------------ expert workers
 
 
 class Experts:
     """Loads experts as slowly as the test wants."""
 
-    model: Any = None
+    model: Any = SimpleNamespace(hidden=8, dtype="float32")
 
     def __init__(self) -> None:
         self.gate = threading.Semaphore(0)
@@ -281,3 +373,34 @@ def test_orders_of_a_dead_orchestrator_are_void(expert_worker: ControlThread, ex
         assert (ready.resident, ready.order) == ([A, B], 1)
         assert experts.held == {A, B}
         connection.close()
+
+
+def test_links_that_do_not_fit_are_refused_and_reported(expert_worker: ControlThread) -> None:
+    """Both ends are in this process, and each counts."""
+
+    def door() -> Connection:
+        return dial(expert_worker.address, boot.secret, timeout_s=WAIT_S, frame_bytes_max=1 << 20)
+
+    boot = expert_worker.boot
+    with closing(Orchestrator(boot)) as orchestrator:
+        expert_worker.start()
+        connection, _ = orchestrator.meet()
+        count = DataLink.refused
+        wait_for_count(connection, "links_refused", count)
+        for epoch, hidden, words in ((6, 8, "epoch 6"), (7, 9, "hidden size is 8")):
+            shape = RegionShape("float32", hidden=hidden, pairs_max=4)
+            with pytest.raises(LinkRefused, match=words):
+                DataLink.offer(door(), Offer(worker_id="aw-0", epoch=1, peer_epoch=epoch, shape=shape))
+            count += 2
+        with door() as rude:
+            rude.send(b"no offer, and no memory")
+            answer = rude.recv_control(WAIT_S)
+            assert isinstance(answer, Refused)
+            assert "0 descriptors" in answer.reason
+            assert rude.recv(WAIT_S) is None
+        wait_for_count(connection, "links_refused", count + 1)
+        assert expert_worker.links.empty()
+        fits = Offer(worker_id="aw-0", epoch=1, peer_epoch=7, shape=REGION)
+        with closing(DataLink.offer(door(), fits)), closing(expert_worker.links.get(timeout=WAIT_S)) as link:
+            assert link.peer_id == "aw-0"
+        stop_talking(expert_worker, connection)

@@ -1,18 +1,28 @@
-"""What can be known to go wrong before any process is started: ports and memory."""
+"""What can be known to go wrong before any process is started: ports, memory, sizes, the tokenizer."""
 
 from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from msgspec.structs import replace
 
 from tarragon.config import Config
+from tarragon.gateway.flag_table import APPLIES
+from tarragon.models.shape import MoeModel
 
 KV_CACHE_BYTES_USEFUL: Final = 64 << 20
 """A smaller cache is not worth proposing."""
+KERNEL_TILE: Final = 32
+"""vLLM's expert kernels take sizes that are multiples of this; others fail on the worker (see the test)."""
+_TOKENIZER_FLAGS: Final = ("--tokenizer", "--skip-tokenizer-init")
+_VOCABULARIES: Final = ("tokenizer.json", "*.model", "*.model.v*", "tekken*.json", "vocab.*", "*.tiktoken")
+"""Files in which tokenizers of the Hugging Face and Mistral forms keep their tokens; one is enough."""
+_PASSING: Final = APPLIES - {"dtype"}
+"""vLLM's settings that pass whatever their value; of the types of weights only one passes."""
 
 
 class PreflightError(ValueError):
@@ -38,6 +48,42 @@ def check_ports(config: Config) -> None:
             if error.errno == errno.EADDRINUSE:
                 raise PreflightError(f"port {port} of {host} is taken: choose another with {flag}") from error
             raise PreflightError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+
+
+def certainly_pass(engine_args: Sequence[str]) -> bool:
+    """Whether all flags of vLLM are written as ones that Tarragon passes on; vLLM judges their values.
+
+    False says nothing: short names, ``--no-...``, harmless values of refused flags and unknown flags are for
+    vLLM's own parser, whose import takes seconds.
+    """
+    flags = [argument for argument in engine_args if argument.startswith("-") and not argument[1:2].isdigit()]
+    names = [flag.partition("=")[0].partition(".")[0] for flag in flags]
+    return engine_args[:1] == flags[:1] and all(
+        name.startswith("--") and name[2:].replace("-", "_") in _PASSING for name in names
+    )
+
+
+def check_tokenizer(folder: Path, engine_args: Sequence[str]) -> None:
+    """Raise PreflightError if the checkpoint lacks a tokenizer and no vLLM flag says where another one is.
+
+    A ``tokenizer_config.json`` alone is none: it names a class, but no tokens.
+    """
+    given = {argument.partition("=")[0].replace("_", "-") for argument in engine_args}
+    if given.isdisjoint(_TOKENIZER_FLAGS) and not any(any(folder.glob(name)) for name in _VOCABULARIES):
+        raise PreflightError(
+            f"{folder} has no tokenizer (such as tokenizer.json): copy the model's own into it, "
+            "or say with --tokenizer where one is"
+        )
+
+
+def check_sizes(model: MoeModel) -> None:
+    """Raise PreflightError unless the expert kernel can compute with the sizes of ``model``."""
+    for size, name in ((model.hidden, "hidden"), (model.intermediate, "intermediate")):
+        if size % KERNEL_TILE:
+            raise PreflightError(
+                f"{model.path}: the {name} size of experts must be a multiple of {KERNEL_TILE} for the "
+                f"engine's kernel, but is {size}"
+            )
 
 
 def memory_needed_bytes(config: Config, attention_bytes: int, expert_bytes: int) -> int:

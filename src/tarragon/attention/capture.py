@@ -25,7 +25,8 @@ class CachedLayer(NamedTuple):
     """One layer that writes a KV cache."""
 
     kind: RowKind
-    cache: torch.Tensor
+    impl: Any
+    """The engine's attention of this layer."""
     update: Update
     """Writes key [T, ...] and value [T, ...] into the slots [T] of the engine's cache, as the engine does."""
 
@@ -33,23 +34,27 @@ class CachedLayer(NamedTuple):
 class Capture:
     """The process's seam between the engine's attention layers and its checkpointer."""
 
-    checkpointer: ClassVar[Checkpointer | None] = None
-    _places: ClassVar[dict[int, int]] = {}
-    """Identity of a layer's cache -> position among the layers that have one."""
+    noted: ClassVar[list[Segment] | None] = None
+    """Takes the rows of the step under way; None if they are not wanted."""
+    at_once: ClassVar[Callable[[], None] | None] = None
+    """Called after each note where the rows' memory is used again within the step (a compiled engine)."""
 
-    @classmethod
-    def note(
-        cls, kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
-    ) -> None:
-        """The engine wrote these rows."""
-        if cls.checkpointer is not None:
-            place = cls._places.get(kv_cache.data_ptr())
-            if place is not None:
-                cls.checkpointer.capture(Segment(place, key, value, slots))
+
+def _note(place: int | None, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """The engine wrote these rows of its ``place``-th cached layer; runs once a layer, with cold caches."""
+    noted = Capture.noted
+    if noted is None or place is None:
+        return
+    noted.append((place, key, value, slots))
+    if Capture.at_once is not None:
+        Capture.at_once()
 
 
 class CapturingImpl(CPUAttentionBackendImpl):
     """vLLM's attention for CPUs, whose cache updates are noted."""
+
+    place: int | None = None
+    """Position among the layers that have a cache of their own."""
 
     def do_kv_cache_update(
         self,
@@ -60,7 +65,7 @@ class CapturingImpl(CPUAttentionBackendImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        Capture.note(kv_cache, key, value, slot_mapping)
+        _note(self.place, key, value, slot_mapping)
 
 
 def install() -> None:
@@ -76,8 +81,9 @@ def install() -> None:
         k_scale: torch.Tensor,
     ) -> None:
         _plain_latent_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)
-        Capture.note(kv_cache, kv_c_normed, k_pe, slot_mapping.flatten())
+        _note(self.place, kv_c_normed, k_pe, slot_mapping.flatten())
 
+    CPUMLAImpl.place = None
     CPUMLAImpl.do_kv_cache_update = update
 
 
@@ -100,11 +106,12 @@ def cached_layers(runner: Any) -> list[CachedLayer]:
 
 
 def watch(runner: Any, checkpointer: Checkpointer) -> list[CachedLayer]:
-    """Take the rows of all cached layers from now on; their order is the layers' order in a bucket."""
+    """Have the rows of all cached layers noted from now on; their order is the layers' order in a bucket."""
     layers = cached_layers(runner)
-    if layers:
-        Capture._places = {layer.cache.data_ptr(): place for place, layer in enumerate(layers)}
-        Capture.checkpointer = checkpointer
+    for place, layer in enumerate(layers):
+        layer.impl.place = place
+    if not runner.model_config.enforce_eager:
+        Capture.at_once = checkpointer.flush
     return layers
 
 
@@ -135,10 +142,10 @@ def _cached_layer(layer: Any, group: int, dtype: torch.dtype) -> CachedLayer | N
     impl = layer.impl
     if isinstance(impl, CapturingImpl):
         heads = (impl.num_kv_heads, impl.head_size)
-        return CachedLayer(RowKind(group, heads, heads, dtype), layer.kv_cache, _attention_update(layer))
+        return CachedLayer(RowKind(group, heads, heads, dtype), impl, _attention_update(layer))
     if isinstance(impl, CPUMLAImpl):
         kind = RowKind(group, (impl.kv_lora_rank,), (1, impl.qk_rope_head_dim), dtype)
-        return CachedLayer(kind, layer.kv_cache, _latent_update(layer))
+        return CachedLayer(kind, impl, _latent_update(layer))
     return None
 
 

@@ -36,7 +36,7 @@ class Checkpoints:
         self, engine: Any, runner: Any, boot: Boot, fingerprint: str, attempts: Mapping[str, int]
     ) -> None:
         self._scheduler, self._runner, self._attempts = engine.scheduler, runner, attempts
-        self.writer = Checkpointer(deferred=runner.model_config.enforce_eager)
+        self.writer = Checkpointer()
         self.restorer = Restorer(fingerprint)
         self.layers = capture.watch(runner, self.writer)
         groups = runner.kv_cache_config.kv_cache_groups
@@ -68,10 +68,17 @@ class Checkpoints:
         )
         self.client.start()
 
-    def wait_for_store(self, timeout_s: float) -> None:
-        """Until it has shown other workers' checkpoints; without it, what they ran is computed anew."""
-        if self.layers and not self.client.connected.wait(timeout_s):
+    def wait_for_store(self, timeout_s: float, room_timeout_s: float) -> None:
+        """Until it has shown other workers' checkpoints; without it, what they ran is computed anew.
+
+        If it has no room, until there is some: others serve meanwhile, and what runs here shall be protected.
+        """
+        if not self.layers:
+            return
+        if not self.client.connected.wait(timeout_s):
             print(f"the checkpoint store was not reached in {timeout_s:g} s", file=sys.stderr)
+        elif self._mode.writes and self.client.refusal and not self.client.granted.wait(room_timeout_s):
+            print(f"no room for checkpoints in {room_timeout_s:g} s, going on without", file=sys.stderr)
 
     def counters(self) -> dict[str, float]:
         """For the orchestrator: ``bucket`` is 1 while rows are written and the store is there."""
@@ -85,6 +92,7 @@ class Checkpoints:
             "needs_checkpoints": float(not self.reprotector.exact),
             "requests_unprotected": float(self._unprotected(protected)),
             "snapshot_bytes": float(self._snapshot.bytes_copied),
+            "store_frames_malformed": float(self.client.frames_malformed if self.layers else 0),
             **self._comparison.counters(),
             **self.writer.counters.as_dict(),
             **self.restorer.counters.as_dict(),
@@ -137,7 +145,6 @@ class Checkpoints:
         if old.alternate or new.alternate:
             writer.enable(False)  # what one of the two has written is of no use to the other
             self._comparison = Comparison()
-            capture.Capture.checkpointer = writer
         writer.enable(new.writes)
         if not new.segments:
             self.reprotector.ended()
@@ -146,9 +153,11 @@ class Checkpoints:
 
     def begin(self, scheduler_output: Any) -> None:
         """Before a step: take back the records whose blocks it may overwrite. Raises Fenced."""
-        writer = self.writer
+        writer, tokens = self.writer, scheduler_output.total_num_scheduled_tokens
         if self._mode.alternate and not self._has_checkpoints(scheduler_output):
+            capture.Capture.noted = None
             return
+        capture.Capture.noted = writer.begin_step(tokens)
         writer.check_seal()
         writer.release(scheduler_output.finished_req_ids)
         scheduled, live = scheduler_output.num_scheduled_tokens, self._scheduler.requests
@@ -166,9 +175,7 @@ class Checkpoints:
         """Whether this step is one with checkpoints where those with and without are compared."""
         tokens = scheduler_output.total_num_scheduled_tokens
         decodes = tokens == len(scheduler_output.num_scheduled_tokens)
-        has = self._comparison.begin(tokens if decodes else 0)
-        capture.Capture.checkpointer = self.writer if has else None
-        return has
+        return self._comparison.begin(tokens if decodes else 0)
 
     def load(self, scheduler_output: Any) -> None:
         """Just before the forward pass: put restored rows into the cache."""
@@ -180,8 +187,7 @@ class Checkpoints:
         self._steps += 1
         if self._mode.pause_steps and self._steps % self._mode.pause_steps == 0:
             self._snapshot.take()
-        noted = capture.Capture.checkpointer is not None
-        if noted and self.writer.enabled and self.writer.bucket is not None:
+        if capture.Capture.noted is not None:
             self._commit(scheduler_output.num_scheduled_tokens)
         if self._mode.alternate:
             self._comparison.end()

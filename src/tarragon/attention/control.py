@@ -108,6 +108,7 @@ class ControlThread(WorkerControl):
                     **TIMES.as_dict(),
                     **self.responder.counters,
                     **self.counters(),
+                    "links_refused": float(DataLink.refused),
                 },
                 traffic=self.refe.traffic_latest(),
             )

@@ -44,6 +44,8 @@ def inexact_reason(model_config: Any) -> str:
         return "VLLM_CPU_ATTN_SPLIT_KV is on: attention splits the key length by the batch's shape"
     if model_config.use_mla and torch.cpu._is_amx_tile_supported():
         return "latent attention (MLA): the engine's AMX kernel for it is not batch-invariant"
+    if not model_config.enforce_eager:
+        return "the engine is compiled (--no-enforce-eager): what that generates is not proved invariant"
     return ""
 
 

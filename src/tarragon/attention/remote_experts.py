@@ -64,7 +64,7 @@ class RemoteExperts(RoutedExperts):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Rows [T, H] in, combined rows [T, H] out; shared experts run here while the rows are away."""
+        """Rows [T, H] in, combined rows [T, H] out; shared experts are the engine's own, and run before."""
         position = self.layer_positions[extract_layer_index(self.layer_name)]
         if self.apply_router_weight_on_input:
             x = x * topk_weights.to(x.dtype)

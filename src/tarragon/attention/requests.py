@@ -73,6 +73,7 @@ class Requests:
             except TimeoutError:
                 return  # part of a frame: the rest comes later
             except (ConnectionError, ProtocolError) as error:
+                self._count(error)
                 self._detach(idle_poll, str(error))
 
     def _attach_newcomers(self, idle_poll: Any) -> None:
@@ -88,6 +89,7 @@ class Requests:
                     raise ProtocolError(f"gateway epoch {message.gateway_epoch} is stale")
                 connection.send(self._codec.encode(self._facts()))
             except (ConnectionError, ProtocolError) as error:
+                self._count(error)
                 print(f"refused a gateway link: {error}", file=sys.stderr)
                 connection.close()
                 continue
@@ -123,6 +125,9 @@ class Requests:
                 self._send(self._call(message))
             case _:
                 raise ProtocolError(f"{type(message).__name__} after the first message")
+
+    def _count(self, error: Exception) -> None:
+        self._control.refe.counters.frames_malformed += isinstance(error, ProtocolError)
 
     def _add(self, message: Add) -> None:
         name = message.request.request_id

@@ -7,6 +7,7 @@ then asks who sits in its connector's seat how many positions need no computing.
 
 from __future__ import annotations
 
+import concurrent.futures
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from tarragon.attention.capture import CachedLayer
 from tarragon.attention.randomness import PositionalGenerator
 from tarragon.checkpoint.bucket import slots_at
 from tarragon.checkpoint.restore import LayerRows, Restorer, Source
+from tarragon.config import RESTORE_THREADS, RESTORED_POSITIONS_PER_STEP
 from tarragon.gateway.wire import Add, Origin, Resumed
 
 
@@ -34,6 +36,14 @@ class Load(NamedTuple):
 
     blocks: tuple[np.ndarray, ...]
     rows: list[LayerRows]
+
+
+class Reading(NamedTuple):
+    """Rows of positions [start, stop) on their way out of another worker's bucket."""
+
+    start: int
+    stop: int
+    job: concurrent.futures.Future[list[LayerRows] | None]
 
 
 class Loads(KVConnectorMetadata):
@@ -66,7 +76,10 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         self._prompts_may_be_cut = prompts_may_be_cut
         self._sources: dict[str, Source] = {}
         self._origins: dict[str, Sequence[Origin]] = {}
-        self._read: dict[str, tuple[int, int, list[LayerRows]]] = {}
+        self._readings: dict[str, Reading] = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(RESTORE_THREADS, "restore")
+        self._positions_left = RESTORED_POSITIONS_PER_STEP
+        """That this step may still take up."""
         self._loads: list[Load] = []
         self.resumed: dict[str, Resumed] = {}
         """Requests from elsewhere that have not delivered yet; whoever sends outputs takes them out."""
@@ -83,7 +96,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         self.resumed[request_id] = Resumed()
         start = time.perf_counter()
         source = self._restorer.find(request_id, origins) if self._layers else None
-        self._restorer.counters.restore_s += time.perf_counter() - start
+        self._restorer.spent(time.perf_counter() - start)
         if source is None or not (has_begun or self._prompts_may_be_cut):
             self._restorer.counters.restore_misses += 1
             return 0
@@ -94,59 +107,79 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
     def forget(self, request_id: str) -> None:
         self._sources.pop(request_id, None)
         self._origins.pop(request_id, None)
-        self._read.pop(request_id, None)
+        self._readings.pop(request_id, None)
         self.resumed.pop(request_id, None)
 
     # ------------------------------------------------------------------ called by the scheduler
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """Positions beyond ``num_computed_tokens`` that need no computing; the last one always does."""
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Positions beyond ``num_computed_tokens`` that need no computing; the last one always does.
+
+        None as long as their rows are being read, or if this step has enough to load: the scheduler asks
+        again with the next step, and meanwhile other requests go on.
+        """
         if request.request_id in self.resumed:
             self.resumed[request.request_id] = Resumed(cached=num_computed_tokens)
         source = self._sources.get(request.request_id)
         if source is None:
             return 0, False
         stop = min(source.record.positions, request.num_tokens - 1)
-        known = self._read.get(request.request_id)
-        if known is None or known[:2] != (num_computed_tokens, stop):
-            if stop <= num_computed_tokens:
-                return 0, False
-            begin = time.perf_counter()
-            rows = self._restorer.read(source, num_computed_tokens, stop, self._kinds)
-            if rows is None and (newer := self._committed_since(request.request_id, source)) is not None:
-                rows = self._restorer.read(newer, num_computed_tokens, stop, self._kinds)
-            self._restorer.counters.restore_s += time.perf_counter() - begin
-            if rows is None:
-                print(
-                    f"WARNING request {request.request_id}: its checkpoint is not usable: computed anew",
-                    file=sys.stderr,
-                )
-                self.forget(request.request_id)
-                self.resumed[request.request_id] = Resumed(cached=num_computed_tokens)
-                return 0, False
-            self._read[request.request_id] = (num_computed_tokens, stop, rows)
+        if stop <= num_computed_tokens:
+            return 0, False
+        reading = self._readings.get(request.request_id)
+        if reading is None or reading.start > num_computed_tokens or reading.stop != stop:
+            job = self._pool.submit(self._read, request.request_id, source, num_computed_tokens, stop)
+            reading = self._readings[request.request_id] = Reading(num_computed_tokens, stop, job)
+        if not reading.job.done() or self._positions_left <= 0:
+            return None, False
+        if reading.job.result() is None:
+            print(
+                f"WARNING request {request.request_id}: its checkpoint is not usable: computed anew",
+                file=sys.stderr,
+            )
+            self.forget(request.request_id)
+            self.resumed[request.request_id] = Resumed(cached=num_computed_tokens)
+            return 0, False
         return stop - num_computed_tokens, False
+
+    def wait_for_rows(self, timeout_s: float) -> None:
+        """The engine has nothing else to do: wait until rows are read, if any are being read."""
+        jobs = [reading.job for reading in self._readings.values() if not reading.job.done()]
+        if jobs:
+            concurrent.futures.wait(jobs, timeout_s, concurrent.futures.FIRST_COMPLETED)
+
+    def _read(self, request_id: str, source: Source, start: int, stop: int) -> list[LayerRows] | None:
+        """Read and check positions [start, stop), beside the engine; None if they are of no use."""
+        begin = time.perf_counter()
+        rows = self._restorer.read(source, start, stop, self._kinds)
+        if rows is None and (newer := self._committed_since(request_id, source)) is not None:
+            rows = self._restorer.read(newer, start, stop, self._kinds)
+        self._restorer.spent(time.perf_counter() - begin)
+        return rows
 
     def _committed_since(self, request_id: str, source: Source) -> Source | None:
         """A newer commit of a living worker, which may have ended a step before it learned to hold."""
         if source.bucket.unchanged(source.record):
             return None
-        newer = self._restorer.find(request_id, self._origins[request_id])
+        newer = self._restorer.find(request_id, self._origins.get(request_id, ()))
         if newer is None or newer.record.positions < source.record.positions:
             return None
         return newer
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        read = self._read.pop(request.request_id, None)
+        reading = self._readings.pop(request.request_id, None)
         self._sources.pop(request.request_id, None)
         self._origins.pop(request.request_id, None)
-        if not num_external_tokens or read is None:
+        if not num_external_tokens or reading is None:
             return
-        start, stop, rows = read
-        assert stop - start == num_external_tokens
+        start, rows = reading.stop - num_external_tokens, reading.job.result()
+        assert rows is not None
+        if start > reading.start:  # the cache has got some of them from a sibling meanwhile
+            rows = [layer.beyond(start) for layer in rows]
         self.resumed[request.request_id] = Resumed(restored=num_external_tokens, cached=start)
         tables = tuple(np.array(ids, dtype=np.int32) for ids in blocks.get_block_ids())
         self._loads.append(Load(tables, rows))
+        self._positions_left -= num_external_tokens
         counters = self._restorer.counters
         counters.restored_requests += 1
         counters.restored_positions += num_external_tokens
@@ -154,6 +187,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
         loads, self._loads = self._loads, []
+        self._positions_left = RESTORED_POSITIONS_PER_STEP
         return Loads(loads)
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
@@ -178,7 +212,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
                     layer.update(rows.key, rows.value, slots)
                 else:
                     layer.update(rows.key[held], rows.value[held], slots[held])
-        self._restorer.counters.restore_s += time.perf_counter() - begin
+        self._restorer.spent(time.perf_counter() - begin)
 
     # The worker's side of vLLM's interface: this engine runs in one process, ``load`` does it all.
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from tarragon.attention.times import TIMES
 from tarragon.attention.unreachable import fail_step
 from tarragon.boot import Boot
 from tarragon.checkpoint.writer import Fenced
-from tarragon.config import GRAMMAR_POLL_MS
+from tarragon.config import GRAMMAR_POLL_MS, ROWS_WAIT_S
 from tarragon.models.shape import MoeModel, read_model
 from tarragon.native.undertaker import spawn_undertaker
 from tarragon.refe.engine import ExpertUnreachable, Refe
@@ -58,7 +58,7 @@ def main(boot: Boot) -> None:
     control.counters = checkpoints.counters
     control.on_mode = checkpoints.ask_mode
     # Requests may wait for this worker whose rows only the store can show to it.
-    checkpoints.wait_for_store(boot.config.store_wait_s)
+    checkpoints.wait_for_store(boot.config.store_wait_s, boot.config.store_room_wait_s)
     control.ready(fingerprint(model), inexact_reason(vllm_config.model_config))
     requests = Requests(engine, control, vllm_config, checkpoints.resumer, attempts)
     control.on_failpoint = Failpoints(refe, checkpoints, requests).arm
@@ -110,6 +110,9 @@ def serve(
                 try:
                     outputs, executed = engine.step()
                     engine.post_step(executed)
+                    if not executed:
+                        refe.progress[0] += 1  # nor is waiting for restored rows
+                        checkpoints.seat.wait_for_rows(ROWS_WAIT_S)
                 except ExpertUnreachable as error:
                     outputs = fail_step(engine, error)
                 except Fenced as error:

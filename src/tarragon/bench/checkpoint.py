@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--window-s", type=float, default=4.0, help="seconds of each scheme in a round")
     options.add_argument("--rounds", type=int, default=12, help="windows of each scheme")
     options.add_argument(
-        "--pair-rounds", type=int, default=100, help="further windows of none against segments"
+        "--pair-rounds", type=int, default=10, help="further windows of none against segments"
     )
     options.add_argument(
         "--steps-s", type=float, default=240.0, help="seconds of steps with and without, in turn"

@@ -70,6 +70,10 @@ class StoreClient(threading.Thread):
         self._closing = threading.Event()
         self.connected = threading.Event()
         """Set while the connection stands and all buckets have been announced."""
+        self.frames_malformed = 0
+        """Messages of the store that are none."""
+        self.granted = threading.Event()
+        """Set once this worker has its bucket."""
         self.refusal = ""
         """Why this worker has no bucket, in the store's words; "" if nothing was refused."""
 
@@ -82,7 +86,9 @@ class StoreClient(threading.Thread):
             try:
                 if not self._talk():
                     return
-            except (OSError, ProtocolError):  # it is not up yet, restarts, or has just died
+            except ProtocolError:
+                self.frames_malformed += 1
+            except OSError:  # it is not up yet, restarts, or has just died
                 pass
             finally:
                 self._hang_up()
@@ -133,7 +139,7 @@ class StoreClient(threading.Thread):
                 self._forget((worker_id, epoch))
             case NoRoom(reason=reason):
                 self.refusal = reason
-                print(f"no room for checkpoints, going on without: {reason}", file=sys.stderr)
+                print(f"no room for checkpoints: {reason}", file=sys.stderr)
             case _:
                 raise ProtocolError(f"{type(message).__name__} is not for an attention worker")
 
@@ -153,6 +159,7 @@ class StoreClient(threading.Thread):
                     raise ProtocolError(f"{bucket.total_bytes} bytes, not {self._total_bytes}")
                 self._on_bucket(fd)
                 self.refusal = ""
+                self.granted.set()
             elif incarnation not in self._passed_on:
                 self._passed_on.add(incarnation)
                 self._on_peer(bucket.worker_id, bucket.epoch, fd)

@@ -2,7 +2,8 @@
 
 A bucket belongs to one incarnation of an attention worker and is never given to another. It goes
 ``bucket_linger_s`` after the orchestrator stopped naming its incarnation among the living: so long the
-worker's requests have time to be restored from it. Who finds no room waits, in the order of asking.
+worker's requests have time to be restored from it. Who finds no room waits, in the order of asking, and
+shortens that time to ``bucket_linger_min_s``.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ class Fenced:
 class Ledger:
     """All buckets of one store. Times are seconds of one steady clock."""
 
-    def __init__(self, *, bytes_max: int, linger_s: float) -> None:
+    def __init__(self, *, bytes_max: int, linger_s: float, linger_min_s: float) -> None:
         """``bytes_max`` bounds the sum of all buckets' sizes; 0 does not."""
         self.entries: dict[Incarnation, Entry] = {}
         self.waiting: dict[Incarnation, int] = {}
         """Bytes that incarnations without room asked for, in the order of asking."""
         self.refused: Counter[str] = Counter()
         self._bytes_max = bytes_max
-        self._linger_s = linger_s
+        self._linger_s, self._linger_min_s = linger_s, min(linger_s, linger_min_s)
         self._newest: dict[str, int] = {}
         self._nobody_lives = False
 
@@ -132,7 +133,7 @@ class Ledger:
         gone = [
             incarnation
             for incarnation, entry in self.entries.items()
-            if entry.dead_since_s is not None and now_s - entry.dead_since_s >= self._linger_s
+            if entry.dead_since_s is not None and now_s - entry.dead_since_s >= self._lingers_s
         ]
         for incarnation in gone:
             del self.entries[incarnation]
@@ -141,7 +142,7 @@ class Ledger:
     def next_due_s(self) -> float | None:
         """When ``due`` has something to return, if nothing else happens before; None: never."""
         since = [entry.dead_since_s for entry in self.entries.values() if entry.dead_since_s is not None]
-        return min(since) + self._linger_s if since and not self._nobody_lives else None
+        return min(since) + self._lingers_s if since and not self._nobody_lives else None
 
     def next_waiting(self) -> tuple[Incarnation, int] | None:
         """Who asked first of those that find no room, and how much, if it fits now."""
@@ -150,6 +151,11 @@ class Ledger:
         return None
 
     # ------------------------------------------------------------------ inside
+
+    @property
+    def _lingers_s(self) -> float:
+        """How long dead buckets are kept as things are."""
+        return self._linger_min_s if self.waiting else self._linger_s
 
     def _shortage(self, total_bytes: int) -> str:
         """Why there is no room for one more bucket; "" if there is."""

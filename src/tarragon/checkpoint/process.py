@@ -112,7 +112,11 @@ class Store:
     def __init__(self, boot: Boot, agent: Connection) -> None:
         config = boot.config
         self._boot, self._agent = boot, agent
-        self._ledger = Ledger(bytes_max=config.checkpoint_bytes_max, linger_s=config.bucket_linger_s)
+        self._ledger = Ledger(
+            bytes_max=config.checkpoint_bytes_max,
+            linger_s=config.bucket_linger_s,
+            linger_min_s=config.bucket_linger_min_s,
+        )
         self._memory: dict[Incarnation, int] = {}
         self._clients: dict[int, _Client] = {}
         self._refused = 0

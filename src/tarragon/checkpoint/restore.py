@@ -45,6 +45,11 @@ class LayerRows(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
 
+    def beyond(self, start: int) -> LayerRows:
+        """Those of positions from ``start`` on."""
+        kept = self.positions >= start
+        return LayerRows(self.positions[kept], self.key[kept], self.value[kept])
+
 
 class RestoreCounters(Counters):
     """Cumulative since the worker started."""
@@ -66,7 +71,7 @@ class RestoreCounters(Counters):
 class Restorer:
     """The buckets of other incarnations, and what may be taken from them.
 
-    ``add`` and ``drop`` come from the store client's thread, the rest from the engine's.
+    ``add`` and ``drop`` come from the store client's thread, ``read`` from those that read beside the engine.
     """
 
     def __init__(self, fingerprint: str) -> None:
@@ -101,6 +106,11 @@ class Restorer:
                 print(f"the bucket of {worker_id} is of no use: {error}", file=sys.stderr)
             return bucket
 
+    def spent(self, seconds: float) -> None:
+        """Count time of finding, reading or loading rows, from whichever thread."""
+        with self._lock:
+            self.counters.restore_s += seconds
+
     def find(self, request_id: str, origins: Sequence[Origin]) -> Source | None:
         """Return the longest commit in the buckets of ``origins``; those of dead workers are sealed first."""
         best: Source | None = None
@@ -115,7 +125,8 @@ class Restorer:
             try:
                 record = bucket.find(request_id, origin.attempt)
             except BucketError as error:
-                self.counters.restore_corrupt += 1
+                with self._lock:
+                    self.counters.restore_corrupt += 1
                 print(f"WARNING request {request_id}: {error}", file=sys.stderr)
                 continue
             if record is not None and (best is None or record.positions > best.record.positions):
@@ -131,7 +142,8 @@ class Restorer:
                 return None
             rows.append(taken)
         if not source.bucket.unchanged(source.record):
-            self.counters.restore_corrupt += 1
+            with self._lock:
+                self.counters.restore_corrupt += 1
             return None
         return rows
 
@@ -150,7 +162,8 @@ class Restorer:
         bad = segment_read(bucket.rows[layer], bucket.checks[layer], slots, key.flatten(1), value.flatten(1))
         if bad >= 0:
             absent = int(bucket.checks[layer, int(slots[bad])]) == 0
-            self.counters.restore_incomplete += absent
-            self.counters.restore_corrupt += not absent
+            with self._lock:
+                self.counters.restore_incomplete += absent
+                self.counters.restore_corrupt += not absent
             return None
         return LayerRows(positions, key, value)

@@ -1,6 +1,6 @@
 """What does an attention worker write of its KV cache, and when is it complete? (6.1)
 
-``capture`` notes new rows as the engine makes them, ``use_gap`` copies them into the bucket while the
+``begin_step`` takes the new rows as the engine makes them, ``use_gap`` copies them into the bucket while the
 worker waits for its experts (the gaps of AW-EW traffic), and ``commit`` makes a step's rows visible at its
 end, in one record per request. One-sided: no other process runs on behalf of a write. Called by the engine
 thread alone.
@@ -28,16 +28,8 @@ class Fenced(RuntimeError):
     """This worker's requests have been given to others; nothing it computes is wanted any more."""
 
 
-class Segment(NamedTuple):
-    """New rows of one layer."""
-
-    layer: int
-    key: torch.Tensor
-    """[T, ...]"""
-    value: torch.Tensor
-    """[T, ...]"""
-    slots: torch.Tensor
-    """int64 [S], S <= T."""
+Segment = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
+"""New rows of one layer: the layer, key and value [T, ...], and their slots, int64 [S], S <= T."""
 
 
 class Scheduled(NamedTuple):
@@ -62,20 +54,19 @@ class WriterCounters(Counters):
 
 
 class Checkpointer:
-    """Writes one worker's bucket. Without a bucket it forgets what it is told: tokens flow, unprotected.
+    """Writes one worker's bucket. Without a bucket it takes nothing: tokens flow, unprotected."""
 
-    Args:
-        deferred: rows may be copied later in the step; else their memory is reused at once, so they
-            are copied when they come (a compiled engine).
-    """
-
-    def __init__(self, *, deferred: bool) -> None:
+    def __init__(self) -> None:
         self.counters = WriterCounters()
         self.bucket: Bucket | None = None
         self.enabled = True
         self.traffic: TrafficRing | None = None
-        self._deferred = deferred
         self._pending: list[Segment] = []
+        self._per_write = SEGMENTS_PER_WRITE
+        self._left = 0
+        """Layers of this step whose rows are still to be written."""
+        self._due = self._per_write
+        """As soon as so many are noted, they are written."""
         self._records: dict[str, int] = {}
         self._free: list[int] = []
 
@@ -102,25 +93,22 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ segments
 
-    def capture(self, segment: Segment) -> None:
-        """Note the rows of one layer's update of the cache; never waits."""
+    def begin_step(self, tokens: int) -> list[Segment] | None:
+        """What the rows of this step's layers are to be noted in, or None if nothing is written.
+
+        A write costs its call as much as the rows of some decoding streams, so several layers share one; the
+        rows of a long prompt are not piled up.
+        """
         if self.bucket is None or not self.enabled:
-            return
-        self._pending.append(segment)
-        if not self._deferred:
-            self.flush()
+            return None
+        self._per_write = 1 if tokens >= SEGMENT_ROWS_PER_WRITE else SEGMENTS_PER_WRITE
+        self._left = self.bucket.shape.layers
+        self._due = min(self._per_write, self._left)
+        return self._pending
 
     def use_gap(self) -> None:
-        """The worker waits for its experts: copy what was noted, if it is worth a call or no gap follows.
-
-        A call costs as much as the rows of some decoding streams, so several layers share one.
-        """
-        pending = self._pending
-        if not pending or self.bucket is None:
-            return
-        last = pending[-1]
-        ends = last.layer == self.bucket.shape.layers - 1
-        if ends or len(pending) >= SEGMENTS_PER_WRITE or last.slots.shape[0] >= SEGMENT_ROWS_PER_WRITE:
+        """The worker waits for its experts: copy what was noted, if it is worth a call or no gap follows."""
+        if len(self._pending) >= self._due:
             self.flush()
 
     def flush(self) -> None:
@@ -140,6 +128,8 @@ class Checkpointer:
         if self.traffic is not None:
             self.traffic.add(SEGMENTS, layers[0], start, end, size)
         self._pending.clear()
+        self._left -= len(layers)
+        self._due = min(self._per_write, self._left) if self._left > 0 else self._per_write
         counters.checkpoint_s += end - start
 
     def check_seal(self) -> None:
@@ -173,8 +163,12 @@ class Checkpointer:
 
         Args:
             tables: per cache group int32 [requests, blocks].
+
+        Raises:
+            Fenced: another worker restores from this bucket; no record was touched.
         """
         self.flush()
+        self.check_seal()  # mostly nothing is left to flush, and a seal may have come since the last row
         bucket = self.bucket
         if bucket is None or not scheduled:
             return

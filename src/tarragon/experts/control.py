@@ -34,7 +34,7 @@ class ControlThread(WorkerControl):
         self.on_colleagues: Callable[[int], None] = lambda _count: None
         """Called with the number of expert workers that work, this one included, when it changes."""
         self.on_failpoint: Callable[[Failpoint], None] = lambda _order: None
-        self._fingerprint = f"{fingerprint}, experts {kernel_isa()}"
+        self._fingerprint = f"{fingerprint}, experts {kernel_isa(experts.model.dtype)}"
         self._resident: dict[ExpertId, int] = {}
         self._assignments: queue.SimpleQueue[tuple[int, int, list[ExpertId]]] = queue.SimpleQueue()
         self._connections = 0
@@ -105,6 +105,7 @@ class ControlThread(WorkerControl):
         if len(descriptors) != 1:
             for descriptor in descriptors:
                 os.close(descriptor)
+            DataLink.refuse(connection, f"a first frame with {len(descriptors)} descriptors, expected 1")
             connection.close()
             return False
         model = self.experts.model
@@ -127,7 +128,11 @@ class ControlThread(WorkerControl):
             Report(
                 worker_id=self.boot.worker_id,
                 epoch=self.boot.epoch,
-                counters={**counters, **self.responder.counters},
+                counters={
+                    **counters,
+                    **self.responder.counters,
+                    "links_refused": float(DataLink.refused),
+                },
                 expert_pairs=pairs,
             )
         )

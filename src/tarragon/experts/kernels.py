@@ -21,9 +21,9 @@ from tarragon.models.expert_weights import ExpertWeights
 from tarragon.models.shape import MoeModel
 
 
-def kernel_isa() -> str:
-    """vLLM's name of the expert kernel for this CPU: AMX tiles where there are any, else vectors."""
-    return "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+def kernel_isa(dtype: str) -> str:
+    """vLLM's name of the expert kernel here: AMX tiles for bfloat16 where the CPU has them, else vectors."""
+    return "amx" if dtype == "bfloat16" and torch.cpu._is_amx_tile_supported() else "vec"
 
 
 class Slots:
@@ -75,7 +75,7 @@ class ResidentExperts:
     def __init__(self, model: MoeModel, weights: ExpertWeights) -> None:
         self.model = model
         self._weights = weights
-        self._isa = kernel_isa()
+        self._isa = kernel_isa(model.dtype)
         if self._isa == "amx":
             # Without it the first tile instruction kills the process.
             torch.cpu._init_amx()

@@ -21,6 +21,7 @@ from tarragon.models.expert_weights import ExpertWeights
 from tarragon.models.shape import read_model
 from tarragon.native.undertaker import spawn_undertaker
 from tarragon.transport.link import DataLink
+from tarragon.transport.region import Region
 
 
 def main(boot: Boot) -> None:
@@ -57,6 +58,8 @@ class ExpertService:
         self._batcher = Batcher(len(model.moe_layers), boot.config)
         self._links: dict[int, DataLink] = {}
         self._frames: dict[int, DataFrame] = {}
+        self._checked_ids: dict[int, torch.Tensor] = {}
+        """Per link int32 [pairs of its region]: expert ids as they were checked; the region's may change."""
         self._poll = select.epoll()
         self._heartbeat_s = boot.config.worker_probe_interval_ms / 1e3
         counts = boot.config.count_batch_sizes
@@ -71,6 +74,7 @@ class ExpertService:
             "frames": 0.0,
             "batch_members": 0.0,
             "refused_frames": 0.0,
+            "frames_malformed": 0.0,
             "links_lost": 0.0,
             "late_answers": 0.0,
             "compute_s": 0.0,
@@ -138,17 +142,19 @@ class ExpertService:
             link = control.links.get_nowait()
             fd = link.fileno()
             self._links[fd] = link
+            self._checked_ids[fd] = torch.zeros_like(link.region.expert_ids)
             self._poll.register(fd, select.EPOLLIN)
             self._batcher.worker_joined(fd, _now_us())
 
     def _leave(self, fd: int, link: DataLink) -> None:
         """An attention worker is gone: its rows are left out, nobody waits for it (5.2)."""
         self._poll.unregister(fd)
-        del self._links[fd]
+        del self._links[fd], self._checked_ids[fd]
         self._frames.pop(fd, None)
         self._batcher.worker_left(fd, _now_us())
         link.close()
         self.counters["links_lost"] += 1
+        self.counters["frames_malformed"] += link.frames_malformed
 
     def _take(self, fd: int, link: DataLink, frame: DataFrame) -> None:
         now = _now_us()
@@ -158,16 +164,19 @@ class ExpertService:
             return
         try:
             if frame.kind == DataKind.ROWS:
-                reason = self._fault(link, frame)
+                reason = self._fault(link.region, self._checked_ids[fd], frame)
                 if reason is not None:
                     self._refuse(link, frame, reason)
                     return
-                self._frames[fd] = frame
                 answered = self._batcher.rows(
                     fd, frame.layer, frame.pairs, frame.step, frame.flags, now, frame.first
                 )
                 if answered:  # an empty frame only says that its worker has arrived
-                    self._send(link, DataKind.RESULT, self._frames.pop(fd))
+                    self._send(link, DataKind.RESULT, frame)
+                else:
+                    # Not before the batcher has taken it: one that is out of turn must not be answered in
+                    # the place of the one that waits here.
+                    self._frames[fd] = frame
             elif frame.kind == DataKind.STEP_BEGIN:
                 self._batcher.step_begin(fd, frame.layer, now, bool(frame.flags & DataFlag.PREFILL))
             elif frame.kind == DataKind.STEP_END:
@@ -177,14 +186,15 @@ class ExpertService:
         except BatchError as error:
             self._refuse(link, frame, error.reason)
 
-    def _fault(self, link: DataLink, frame: DataFrame) -> RefusalReason | None:
-        """What is wrong with a ROWS frame, checked before any row is read."""
-        region = link.region
+    def _fault(self, region: Region, checked: torch.Tensor, frame: DataFrame) -> RefusalReason | None:
+        """What is wrong with a ROWS frame, found before any row is read; ids are copied to ``checked``."""
         if frame.layer >= len(self._pairs):
             return RefusalReason.BAD_LAYER
         if frame.first + frame.pairs > region.shape.pairs_max:
             return RefusalReason.BAD_COUNT
-        ids = region.expert_ids[frame.first : frame.first + frame.pairs].numpy()
+        span = slice(frame.first, frame.first + frame.pairs)
+        ids = checked[span].numpy()
+        ids[:] = region.expert_ids[span].numpy()  # what is checked is what is used
         if frame.pairs and not (ids.min() >= 0 and ids.max() < self._pairs.shape[1]):
             return RefusalReason.BAD_COUNT
         if not self.experts.all_resident(frame.layer, ids):
@@ -236,12 +246,13 @@ class ExpertService:
             self._send(self._links[fd], DataKind.RESULT, self._frames.pop(fd))
 
     def _run_in_place(self, member: Member) -> None:
-        """One attention worker's rows: from and into shared memory, nothing is copied."""
+        """One attention worker's rows: from and into shared memory, no row is copied."""
         region = self._links[member.key].region
         span = slice(member.first_pair, member.first_pair + member.pairs)
-        self.experts.run(member.layer, region.rows[span], region.expert_ids[span], region.results[span])
+        ids = self._checked_ids[member.key][span]
+        self.experts.run(member.layer, region.rows[span], ids, region.results[span])
         if self._sizes is not None:
-            self._sizes.note(member.layer, region.expert_ids[span].numpy())
+            self._sizes.note(member.layer, ids.numpy())
 
     def _run_together(self, batch: RunBatch) -> None:
         """Rows of several attention workers, side by side in one kernel call."""
@@ -252,7 +263,7 @@ class ExpertService:
         start = time.perf_counter()
         native.gather_batch(
             [region.rows for region in regions],
-            [region.expert_ids for region in regions],
+            [self._checked_ids[member.key] for member in batch.members],
             starts,
             counts,
             self._rows,

@@ -58,7 +58,9 @@ class Control:
             try:
                 if not await self._talk():
                     return
-            except (OSError, TimeoutError, ProtocolError):
+            except ProtocolError:
+                self._client.streams.counters.frames_malformed += 1
+            except (OSError, TimeoutError):
                 pass  # it restarts, or is not up yet
             self._connection = None
             await asyncio.sleep(REDIAL_PAUSE_S)

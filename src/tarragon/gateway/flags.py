@@ -21,6 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tarragon.boot import Boot
 from tarragon.config import Config
 from tarragon.gateway.flag_table import HARMLESS, OWN, REFUSED
+from tarragon.models.shape import read_model
 
 
 class FlagError(ValueError):
@@ -42,6 +43,10 @@ _DEFAULTS: Final = (
     "--max-num-batched-tokens=512",
 )
 """What the user's flags may override."""
+
+
+_DTYPES: Final = {"half": "float16", "float": "float32"}
+"""vLLM's other names of types."""
 
 
 class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
@@ -78,6 +83,16 @@ def split_flags(argv: Sequence[str]) -> tuple[str, ...]:
             "--max-model-len auto is refused: gateway and workers must agree on a number before they start."
         )
     return tuple(argv)
+
+
+def check_dtype(argv: Sequence[str], stored: str) -> None:
+    """Raise FlagError if ``--dtype`` asks for another type than ``stored``, that of the experts."""
+    asked = str(parse(argv).dtype)
+    if _DTYPES.get(asked, asked) not in ("auto", stored):
+        raise FlagError(
+            f"--dtype {asked} is refused: the model is computed in the type in which its experts are stored, "
+            f"{stored}."
+        )
 
 
 def _refusal(name: str, flag: str) -> FlagError:
@@ -165,8 +180,11 @@ def engine_config(boot: Boot) -> Any:
     that do not fit it.
     """
     check_model(Path(boot.model))
+    arguments = engine_args(boot)
+    # Expert workers compute in the type of the stored experts; vLLM's own choice may be another.
+    arguments.dtype = read_model(boot.model).dtype
     with _logger_caches_kept():
-        return engine_args(boot).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        return arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 
 @contextmanager

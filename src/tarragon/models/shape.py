@@ -18,9 +18,17 @@ DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 _EXPERT_KEYS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
+# The engine's decode kernel of latent attention is compiled for these sizes only; the values are also the
+# defaults of a config.json that leaves them out.
+_LATENT: Final = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 _QUANTISATION_KEYS: Final = ("quantization_config", "compression_config")
 # The engine's kernels have these two numbers of gpt-oss built in.
 _SWIGLUOAI: Final = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+
+# What quantised tensors are stored in, scales and packed nibbles included; nobody trains weights in these.
+_QUANTISED: Final = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4"})
+# How names of parameters end. What is none of them (position_ids, counters, masks) may be of any other type.
+_PARAMETER_ENDS: Final = ("weight", "bias", "sinks", "_proj")
 
 
 class MoeModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,8 +75,9 @@ def read_model(path: str | Path) -> MoeModel:
 
     Raises ModelError, whose message is one sentence, when the folder or its
     config.json is missing, the model has no experts or is of an unsupported
-    architecture, weights are quantised, pickled, truncated or missing, or an
-    expert's tensor is absent or has another shape or type than the config says.
+    architecture, weights are quantised, of another type, pickled, truncated or
+    missing, the engine's kernels do not fit its sizes, or an expert's tensor is
+    absent or has another shape or type than the config says.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -77,6 +86,7 @@ def read_model(path: str | Path) -> MoeModel:
     name, architecture = _architecture(folder, config)
     _refuse_quantised(folder, config)
     _check_activation(folder, config, architecture)
+    _check_latent(folder, config)
     dims = Dims(
         experts=_integer(folder, config, *_EXPERT_KEYS),
         hidden=_integer(folder, config, "hidden_size"),
@@ -97,6 +107,7 @@ def read_model(path: str | Path) -> MoeModel:
             "save it with save_original_format=True"
         )
     dtype, expert_bytes = _check_experts(folder, layout, moe_layers, dims, tensors)
+    _check_types(folder, layers, tensors)
     return MoeModel(
         path=str(folder),
         architecture=name,
@@ -136,14 +147,22 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> tuple[str, Archite
     for name in names:
         if isinstance(name, str) and name in ARCHITECTURES:
             return name, ARCHITECTURES[name]
-    text_config = config.get("text_config")
-    nested = text_config if isinstance(text_config, dict) else {}
-    if not any(config.get(key) or nested.get(key) for key in _EXPERT_KEYS):
+    if not _mentions_experts(config):
         raise ModelError(
             f"{folder}: {names[0]} has no experts, and only mixture-of-experts models can be served"
         )
     supported = ", ".join(ARCHITECTURES)
-    raise ModelError(f"{folder}: the architecture {names[0]} is not supported; supported are {supported}")
+    raise ModelError(
+        f"{folder}: the architecture {names[0]} is not supported; supported are {supported} "
+        "(docs/architectures.md)"
+    )
+
+
+def _mentions_experts(config: Mapping[str, Any]) -> bool:
+    """Whether any setting counts experts: families have their own names for it, some a section of its own."""
+    sections = [config, *(section for section in config.values() if isinstance(section, dict))]
+    settings = [(key, value) for section in sections for key, value in section.items()]
+    return any(value and "expert" in key and "per_tok" not in key for key, value in settings)
 
 
 def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
@@ -169,6 +188,37 @@ def _check_activation(folder: Path, config: Mapping[str, Any], architecture: Arc
         for key, built_in in _SWIGLUOAI.items():
             if config.get(key, built_in) != built_in:
                 raise ModelError(f"{folder}: the engine's kernels support a {key} of {built_in} only")
+
+
+def _check_latent(folder: Path, config: Mapping[str, Any]) -> None:
+    for key, built_in in _LATENT.items():
+        found = config.get(key, built_in)
+        if found != built_in:
+            raise ModelError(
+                f"{folder}: the engine's kernel of latent attention supports a {key} of {built_in} only, "
+                f"not {found!r}"
+            )
+
+
+def _check_types(folder: Path, layers: int, tensors: Mapping[str, StoredTensor]) -> None:
+    """Check the type of everything that is no expert: the engine would cast bytes of a code to numbers.
+
+    ``layers`` is the number of model layers; those behind them (further prediction) are not loaded.
+    """
+    for name, stored in tensors.items():
+        if stored.dtype in DTYPES or _model_layer(name) >= layers:
+            continue
+        if stored.dtype in _QUANTISED or name.endswith(_PARAMETER_ENDS):
+            raise ModelError(
+                f"{folder}: {name} is {stored.dtype}, but weights must be bfloat16, float16 or float32"
+            )
+
+
+def _model_layer(name: str) -> int:
+    """The model layer that a tensor belongs to; -1 for those outside of all layers."""
+    stem, _, rest = name.partition("model.layers.")
+    number = rest.partition(".")[0]
+    return int(number) if not stem and number.isdecimal() else -1
 
 
 def _integer(folder: Path, config: Mapping[str, Any], *keys: str) -> int:

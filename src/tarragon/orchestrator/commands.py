@@ -56,6 +56,11 @@ class Commands:
         taken = self._membership.by_role(role)
         if len(taken) >= self._recovery.config.workers_per_role_max:
             raise MembershipError(f"there are {len(taken)} {role} workers, and no more are allowed")
+        config = self._recovery.config
+        if role == "attention" and config.checkpoints_bounded and len(taken) > config.attention_workers:
+            raise MembershipError(
+                f"there are {len(taken)} attention workers, and checkpoint_bytes_max has no room for another"
+            )
         numbers = [int(worker.worker_id.rpartition("-")[2]) for worker in taken]
         worker_id = f"{PREFIXES[role]}-{max(numbers, default=-1) + 1}"
         return worker_id, self._recovery.start(worker_id, role, now_s)

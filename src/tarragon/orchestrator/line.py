@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 from tarragon.messages import Control, ProtocolError
 from tarragon.transport.local import AsyncConnection
 
 
 class Line:
-    """Owns a connection and the messages that wait for it. ``cause`` says why it ended."""
+    """Owns a connection and the messages that wait for it. ``cause`` says why it ended.
 
-    def __init__(self, connection: AsyncConnection, queue_max: int, epoch: int = 0) -> None:
+    ``refused`` counts "malformed_frame": what is no frame, no message, or was cut in two ends the line.
+    """
+
+    def __init__(
+        self, connection: AsyncConnection, queue_max: int, refused: Counter[str], epoch: int = 0
+    ) -> None:
         self.connection = connection
         self.epoch = epoch
         self.cause = "connection lost"
+        self._refused = refused
         self._queue: asyncio.Queue[Control] = asyncio.Queue(queue_max)
         self._writer = asyncio.get_running_loop().create_task(self._write_forever())
 
@@ -33,8 +40,12 @@ class Line:
     async def receive(self) -> Control | None:
         """Next message; None once the connection has ended or broken the protocol."""
         try:
-            return await self.connection.recv_control()
+            message = await self.connection.recv_control()
+            if message is None and self.connection.torn:
+                self._refused["malformed_frame"] += 1
+            return message
         except ProtocolError as error:
+            self._refused["malformed_frame"] += 1
             self._cut(f"protocol error: {error}")
         except OSError as error:
             self._cut(str(error))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tarragon.config import Config
 from tarragon.orchestrator.residency import id_order
 from tarragon.orchestrator.usage import ExpertUsage
-from tarragon.routing.placement import Placement, WorkerBudget, place
+from tarragon.routing.placement import Placement, WorkerBudget, covered_share, place
 
 
 class ExpertShape(NamedTuple):
@@ -49,6 +49,15 @@ class Planner:
     def again(self, current: Placement) -> Placement:
         """The placement on the same workers, as far as what is wanted has changed. Raises PlacementError."""
         return self._place(current.workers, current)
+
+    def better(self, current: Placement) -> Placement | None:
+        """A placement on the same workers whose shadows cover clearly more of what is used, or None."""
+        usage = self.usage.totals()
+        if self.room is None or usage is None:
+            return None
+        found = self.again(current)
+        gain = covered_share(found, usage) - covered_share(current, usage)
+        return found if gain >= self._config.shadow_gain_min else None
 
     def _place(self, members: Iterable[str], current: Placement | None) -> Placement:
         budget = self._config.expert_memory_bytes_max

@@ -43,7 +43,8 @@ from tarragon.orchestrator.recovery import PREFIXES, Recovery
 from tarragon.orchestrator.snapshot import faults, routes, status
 from tarragon.orchestrator.status import AddressError, StatusServer
 from tarragon.routing.placement import PlacementError
-from tarragon.transport.local import AsyncConnection, serve_async
+from tarragon.transport.local import AsyncConnection, AsyncServer, serve_async
+from tarragon.transport.probe import ProbeChannel
 
 AGENT: Final = "agent"
 ALARMING: Final = frozenset({"suspect", "dead", "given up", "backoff", "refused", "placement"})
@@ -98,6 +99,7 @@ class Orchestrator:
         self._prober = Prober(boot, self._on_probe_answered, self._on_probe_failed)
         self._lines: dict[str, Line] = {}
         self._agent: Line | None = None
+        self._server: AsyncServer | None = None
         self._has_begun = asyncio.Event()
         self._end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -109,7 +111,7 @@ class Orchestrator:
         api = StatusServer(self, config)
         await api.start()
         try:
-            server = await serve_async(
+            server = self._server = await serve_async(
                 self._boot.orchestrator_address,
                 self._boot.secret,
                 self._on_connection,
@@ -152,7 +154,7 @@ class Orchestrator:
             self._recovery.membership.refused["second_agent"] += 1
             await connection.send_control(Refused(reason="this cluster has a node agent already"))
             return
-        self._agent = Line(connection, self._config.control_queue_max)
+        self._agent = self._line_on(connection)
         asyncio.get_running_loop().call_later(
             0.0 if self._adoption is None else self._config.adoption_window_s, self._begin
         )
@@ -175,7 +177,7 @@ class Orchestrator:
             self._has_begun.set()
 
     async def _serve_worker(self, connection: AsyncConnection, hello: Hello) -> None:
-        line = Line(connection, self._config.control_queue_max, hello.epoch)
+        line = self._line_on(connection, hello.epoch)
         try:
             if not await self._welcome(line, hello):
                 return
@@ -194,6 +196,9 @@ class Orchestrator:
                         hello.worker_id, hello.epoch, line.cause, self._now_s()
                     )
                     self._carry_out(lost)
+
+    def _line_on(self, connection: AsyncConnection, epoch: int = 0) -> Line:
+        return Line(connection, self._config.control_queue_max, self._recovery.membership.refused, epoch)
 
     async def _welcome(self, line: Line, hello: Hello) -> bool:
         """Admit a worker, or say why not."""
@@ -305,7 +310,13 @@ class Orchestrator:
     # ------------------------------------------------------------------ operations (admin API)
 
     def status(self) -> dict[str, Any]:
-        return status(self._recovery, self._me, self._now_s())
+        found = status(self._recovery, self._me, self._now_s())
+        # What the transport refused never came as far as the membership.
+        transport = {
+            "handshake": 0 if self._server is None else self._server.refused,
+            "malformed_probe_answer": ProbeChannel.malformed,
+        }
+        return {**found, "refused": transport | found["refused"]}
 
     def table(self) -> dict[str, Any]:
         return routes(self._recovery.residency.table)

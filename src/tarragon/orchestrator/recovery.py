@@ -86,15 +86,16 @@ class Recovery:
         self.acked: dict[str, int] = {}
         """Table version in use at each attention worker."""
         self.counters: dict[str, dict[str, float]] = {}
+        """Last report of each worker."""
         self.traffic: dict[str, list[list[float]]] = {}
         """Of workers that record it: see refe/traffic.py."""
-        """Last report of each worker."""
         self.restarts = Restarts(config)
         self.tally = Tally()
         self.was_ready = False
         self.meant: set[Incarnation] = set()
         self.leaving: dict[str, Leave] = {}
         self._probe_at_s: dict[str, float] = {}
+        self._review_at_s = 0.0
         self._peers_sent: dict[str, list[Peer]] = {}
         self._unreachable: tuple[int, int] = (-1, 0)
 
@@ -227,7 +228,19 @@ class Recovery:
                 actions += self._probe(worker, now_s)
             elif worker.state == "draining" and now_s >= self.leaving[worker.worker_id].deadline_s:
                 actions += self._stop(worker, now_s)
-        return actions
+        return actions + self._review(now_s)
+
+    def _review(self, now_s: float) -> list[Action]:
+        """Let shadows follow what is used, if there is no room for all (5.3), once nothing is missing."""
+        interval_s = self.config.shadow_review_s
+        if not interval_s or now_s < self._review_at_s or not self.full_capacity:
+            return []
+        self._review_at_s = now_s + interval_s
+        better = self.planner.better(self.residency.target)
+        if better is None:
+            return []
+        self.residency.aim(better)
+        return [Note("placement", "orchestrator", 0, "shadows follow what is used"), *self.settle(now_s)]
 
     # ------------------------------------------------------------------ reactions
 

@@ -19,6 +19,7 @@ class RefeCounters(Counters):
         self.probes = 0
         self.steps_unreachable = 0
         self.stale_frames = 0
+        self.frames_malformed = 0
         self.dispatch_s = 0.0
         self.wait_s = 0.0
         self.combine_s = 0.0

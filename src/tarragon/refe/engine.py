@@ -253,7 +253,8 @@ class Refe:
             if follow_up is not None:
                 self._send_rows(layer, follow_up)
         if link.eof:
-            self._drop(slot, "connection closed")
+            self.counters.frames_malformed += link.frames_malformed
+            self._drop(slot, link.end_cause if link.frames_malformed else "connection closed")
         return [slot] if links.get(slot) is None else []
 
     def _serve_ready(self, layer: int) -> list[int]:
@@ -308,10 +309,18 @@ class Refe:
             return follow_up
         if frame.kind == DataKind.REFUSED:
             # The two sides disagree about what is where: this link is of no use, its rows go elsewhere.
-            self._drop(slot, f"refused a frame: {RefusalReason(frame.flags).name}")
+            self._drop(slot, self._refusal(frame.flags))
             return None
         self.counters.stale_frames += 1
         return None
+
+    def _refusal(self, reason: int) -> str:
+        """The cause that a REFUSED frame gives. With a reason that there is not, it is malformed itself."""
+        try:
+            return f"refused a frame: {RefusalReason(reason).name}"
+        except ValueError:
+            self.counters.frames_malformed += 1
+            return f"refused a frame for a reason that there is not: {reason}"
 
     def _note_answer(self, traffic: TrafficRing, layer: int, slot: int) -> None:
         now = time.monotonic()

@@ -91,6 +91,18 @@ def place(
     return Placement(tuple(worker.worker_id for worker in workers), holders)
 
 
+def covered_share(placement: Placement, usage: Usage) -> float:
+    """Part of all rows that went to experts with a shadow: what the loss of one worker does not delay."""
+    total = sum(map(sum, usage))
+    covered = sum(
+        rows
+        for row, holders_row in zip(usage, placement.holders, strict=True)
+        for rows, holders in zip(row, holders_row, strict=True)
+        if len(holders) > 1
+    )
+    return covered / total if total else 0.0
+
+
 def _rooms(total: int, workers: Sequence[WorkerBudget], expert_bytes: int) -> list[int]:
     """How many experts each worker may hold; raises PlacementError if all together hold too few."""
     rooms = [

@@ -95,7 +95,7 @@ class DataLink:
     """
 
     refused: ClassVar[int] = 0
-    """Links that this process refused or was refused."""
+    """Links that this process refused, for their offer or for the answer to its own, or was refused."""
 
     def __init__(
         self, sock: socket.socket, region: Region, *, peer_id: str, peer_epoch: int, send_timeout_s: float
@@ -140,9 +140,9 @@ class DataLink:
                 raise ConnectionResetError("the expert worker is gone")
             answer = decode_answer(raw)
             if isinstance(answer, Refused):
-                DataLink.refused += 1
                 raise LinkRefused(answer.reason)
-        except BaseException:
+        except BaseException as error:
+            DataLink.refused += isinstance(error, ProtocolError)
             if region is not None:
                 region.close()
             connection.close()
@@ -183,7 +183,7 @@ class DataLink:
             connection.send(msgspec.msgpack.encode(Accepted(epoch=epoch)))
         except BaseException as error:
             if isinstance(error, ProtocolError):
-                DataLink._refuse(connection, str(error))
+                DataLink.refuse(connection, str(error))
             connection.close()
             raise
         return DataLink(
@@ -195,7 +195,8 @@ class DataLink:
         )
 
     @staticmethod
-    def _refuse(connection: Connection, reason: str) -> None:
+    def refuse(connection: Connection, reason: str) -> None:
+        """Tell who dialled why there will be no link, and count it; the caller closes the connection."""
         DataLink.refused += 1
         try:
             connection.send_control(Refused(reason=reason))
@@ -203,6 +204,11 @@ class DataLink:
             return  # it does not care to know
 
     # ------------------------------------------------------------------ doorbells
+
+    @property
+    def frames_malformed(self) -> int:
+        """Frames that were none, or were cut in two: at most one, for it ends the link."""
+        return self.torn + self.malformed
 
     def fileno(self) -> int:
         """For poll: readable means that ``recv_ready`` will return frames or set ``eof``."""
@@ -281,7 +287,7 @@ class DataLink:
             count = 0
         if count == 0:
             self.torn += self._filled > 0
-            self._end("the other end is gone")
+            self._end("the other end is gone" + (" in the middle of a frame" if self._filled else ""))
         else:
             self._parse(self._filled + count)
         return True

@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 import time
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from tarragon.messages import ProbeAccepted, ProbeOpen, ProtocolError, Refused, decode_control
 from tarragon.transport.local import dial
@@ -64,6 +64,9 @@ def probe_open(first_frame: bytes) -> ProbeOpen | None:
 
 class ProbeChannel:
     """The asking side; no call but ``open`` ever waits. ``eof``: no answer will come any more."""
+
+    malformed: ClassVar[int] = 0
+    """Channels that this process ended because what came was no answer of the one that was asked."""
 
     def __init__(self, sock: socket.socket, receiver_epoch: int) -> None:
         self.sock = sock
@@ -146,6 +149,7 @@ class ProbeChannel:
                 for at in range(0, whole, PROBE_FRAME_BYTES)
             ]
         except ProtocolError as error:
+            ProbeChannel.malformed += 1
             self._end(str(error))
             return []
 

@@ -1,0 +1,145 @@
+"""Rows of requests from elsewhere are read beside the engine, and loaded a bounded number at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.test_checkpoint_bucket import KINDS, SHAPE, Worker
+
+from tarragon.attention import resume
+from tarragon.attention.capture import CachedLayer
+from tarragon.attention.resume import Seat
+from tarragon.checkpoint.restore import Restorer
+from tarragon.gateway.wire import Origin
+
+WAIT_S = 30.0
+ORIGIN = [Origin("aw-0", 7, 1)]
+BLOCKS = {"r": (5, 2, 9), "s": (4, 6, 8)}
+POSITIONS = 10
+
+
+class Engine:
+    """Calls a seat as the scheduler and the runner do; remembers what is written into its cache."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.cache: dict[tuple[int, int], torch.Tensor] = {}
+        layers = [CachedLayer(kind, None, self._update(place)) for place, kind in enumerate(KINDS)]
+        self.restorer = Restorer("same")
+        self.restorer.add("aw-0", 7, worker.fd)
+        self.seat = Seat(self.restorer, layers, SHAPE.block_sizes, prompts_may_be_cut=True)
+
+    def _update(self, place: int) -> Any:
+        def update(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+            for i, slot in enumerate(slots.tolist()):
+                self.cache[place, slot] = torch.stack([key[i], value[i]])
+
+        return update
+
+    def matched(self, name: str, computed: int = 0) -> int | None:
+        """What the scheduler is told, once the rows are read."""
+        request = SimpleNamespace(request_id=name, num_tokens=POSITIONS + 1)
+        self.seat.get_num_new_matched_tokens(request, computed)
+        self.seat.wait_for_rows(WAIT_S)
+        return self.seat.get_num_new_matched_tokens(request, computed)[0]
+
+    def allocate(self, name: str, blocks: tuple[int, ...], count: int) -> None:
+        ids = SimpleNamespace(get_block_ids=lambda: (list(blocks),))
+        self.seat.update_state_after_alloc(SimpleNamespace(request_id=name), ids, count)
+
+    def step(self) -> None:
+        self.seat.load(self.seat.build_connector_meta(None).loads)
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker()
+    for row, (name, blocks) in enumerate(BLOCKS.items()):
+        made.tables[row, :3] = torch.tensor(blocks)
+        made.write(row, 0, POSITIONS)
+        made.commit(name, row, POSITIONS)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def engine(worker: Worker) -> Engine:
+    engine = Engine(worker)
+    for name in BLOCKS:
+        assert engine.seat.expect(name, ORIGIN, has_begun=True) == POSITIONS
+    return engine
+
+
+def test_rows_are_read_beside_and_end_in_the_new_blocks(worker: Worker, engine: Engine) -> None:
+    assert engine.matched("r") == POSITIONS
+    engine.allocate("r", (1, 3, 7), POSITIONS)
+    engine.step()
+    assert len(engine.cache) == SHAPE.layers * POSITIONS
+    for position in range(POSITIONS):
+        old, new = (blocks[position // 4] * 4 + position % 4 for blocks in (BLOCKS["r"], (1, 3, 7)))
+        for layer in range(SHAPE.layers):
+            assert torch.equal(engine.cache[layer, new], torch.stack(worker.rows[layer, old]))
+    assert engine.restorer.counters.restored_positions == POSITIONS
+    assert engine.restorer.counters.restore_s > 0
+
+
+def test_the_engine_goes_on_while_they_are_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, may_go_on = engine.restorer.read, threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        assert may_go_on.wait(WAIT_S)
+        return read(*arguments)
+
+    monkeypatch.setattr(engine.restorer, "read", slow)
+    request = SimpleNamespace(request_id="r", num_tokens=POSITIONS + 1)
+    for _ in range(3):
+        assert engine.seat.get_num_new_matched_tokens(request, 0) == (None, False)
+    engine.seat.wait_for_rows(0.001)
+    engine.step()
+    may_go_on.set()
+    assert engine.matched("r") == POSITIONS
+
+
+def test_what_the_cache_got_meanwhile_is_not_loaded_again(engine: Engine) -> None:
+    assert engine.matched("r") == POSITIONS
+    request = SimpleNamespace(request_id="r", num_tokens=POSITIONS + 1)
+    assert engine.seat.get_num_new_matched_tokens(request, 4) == (POSITIONS - 4, False)
+    engine.allocate("r", (1, 3, 7), POSITIONS - 4)
+    engine.step()
+    assert {slot for _, slot in engine.cache} == {3 * 4 + i for i in range(4)} | {7 * 4, 7 * 4 + 1}
+
+
+def test_a_cache_that_lost_some_has_them_read_anew(engine: Engine) -> None:
+    assert engine.matched("r", 8) == POSITIONS - 8
+    assert engine.matched("r", 0) == POSITIONS
+
+
+def test_a_step_takes_up_a_bounded_number(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "RESTORED_POSITIONS_PER_STEP", 1)
+    engine.step()
+    assert (engine.matched("r"), engine.matched("s")) == (POSITIONS, POSITIONS)
+    engine.allocate("r", (1, 3, 7), POSITIONS)
+    other = SimpleNamespace(request_id="s", num_tokens=POSITIONS + 1)
+    assert engine.seat.get_num_new_matched_tokens(other, 0) == (None, False), "streams that run would wait"
+    engine.step()
+    assert engine.seat.get_num_new_matched_tokens(other, 0) == (POSITIONS, False)
+
+
+def test_a_damaged_row_is_computed_anew(worker: Worker, engine: Engine) -> None:
+    bucket = worker.writer.bucket
+    assert bucket is not None
+    bucket.rows[1, 5 * 4 + 2, 17] ^= 1
+    assert engine.matched("r") == 0
+    assert engine.restorer.counters.restore_corrupt == 1
+    assert engine.matched("s") == POSITIONS
+
+
+def test_who_left_meanwhile_is_forgotten(engine: Engine) -> None:
+    assert engine.matched("r") == POSITIONS
+    engine.seat.forget("r")
+    request = SimpleNamespace(request_id="r", num_tokens=POSITIONS + 1)
+    assert engine.seat.get_num_new_matched_tokens(request, 0) == (0, False)
