@@ -30,6 +30,8 @@ CHECKPOINT_ROWS_SHARE: Final = 0.9
 """Part of a bucket that is rows; the rest is room for its records and checksums."""
 BUCKET_BYTES_MAX: Final = 1 << 40
 """Largest checkpoint bucket of one worker."""
+TICK_COUNTED_S_MAX: Final = 0.5
+"""What one tick adds at most to a gateway's silence: a machine that stood still has heard nobody."""
 RESTORE_THREADS: Final = 2
 """Requests whose rows are read at a time, beside an attention worker's engine."""
 RESTORED_POSITIONS_PER_STEP: Final = 512
@@ -194,6 +196,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How often shadows are placed anew by what is used, where memory is too short for all; 0 is never."""
     shadow_gain_min: float = 0.05
     """How often shadows are placed anew by what is used, where memory is short of all; 0 is never."""
+    gateway_silence_s: float = 30.0
+    """A gateway that reports nothing for this long hangs: it is ended, and started again."""
     crash_loop_uptime_s: float = 2.0
     """A worker that dies before it was healthy for this long may be in a crash loop."""
     crash_loop_restarts_max: int = 5

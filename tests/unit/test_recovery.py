@@ -862,6 +862,28 @@ def test_shadows_stay_where_all_have_one_or_nobody_looks() -> None:
         assert covered(cluster) == before
 
 
+def test_a_gateway_that_reports_no_more_is_killed_and_replaced() -> None:
+    cluster = started(config_of(gateway_silence_s=10.0))
+    gateway = cluster.recovery.membership.workers["gateway"]
+    epoch = gateway.epoch
+    for _ in range(3):  # it reports now and then
+        for _ in range(int(9.0 / TICK_S)):
+            cluster.tick()
+        cluster.report()
+    cluster.tick(3600.0)  # the machine stood still
+    assert [note for note in cluster.notes if note.kind == "hung"] == []
+    cluster.report()
+    orders: list[Action] = []
+    for _ in range(int(10.5 / TICK_S)):
+        cluster.now_s += TICK_S
+        orders += [action for action in cluster.recovery.tick(cluster.now_s) if isinstance(action, ToAgent)]
+    end = SignalWorker(worker_id="gateway", epoch=epoch, signal=signal.SIGKILL)
+    assert orders == [ToAgent(end)]
+    cluster.kill(index_of(cluster, "gateway"))
+    cluster.settle()
+    assert cluster.recovery.membership.workers["gateway"].epoch > epoch
+
+
 def test_usage_adds_up_over_incarnations() -> None:
     cluster = started(config_of())
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from tarragon.config import Config
+from tarragon.config import TICK_COUNTED_S_MAX, Config
 from tarragon.messages import (
     Assign,
     Control,
@@ -96,6 +96,9 @@ class Recovery:
         self.leaving: dict[str, Leave] = {}
         self._probe_at_s: dict[str, float] = {}
         self._review_at_s = 0.0
+        self._ticked_s = 0.0
+        self._gateway_heard_s = -1.0
+        self._gateway_silent_s = 0.0
         self._peers_sent: dict[str, list[Peer]] = {}
         self._unreachable: tuple[int, int] = (-1, 0)
 
@@ -228,7 +231,24 @@ class Recovery:
                 actions += self._probe(worker, now_s)
             elif worker.state == "draining" and now_s >= self.leaving[worker.worker_id].deadline_s:
                 actions += self._stop(worker, now_s)
-        return actions + self._review(now_s)
+        return actions + self._watch_gateway(now_s) + self._review(now_s)
+
+    def _watch_gateway(self, now_s: float) -> list[Action]:
+        """A gateway that hangs is killed: its streams are lost, as with its death, and service returns."""
+        passed_s, self._ticked_s = now_s - self._ticked_s, now_s
+        gateway = self.membership.workers.get(GATEWAY)
+        if gateway is None or gateway.state != "healthy" or gateway.heard_s != self._gateway_heard_s:
+            self._gateway_silent_s = 0.0
+            self._gateway_heard_s = -1.0 if gateway is None else gateway.heard_s
+            return []
+        self._gateway_silent_s += min(passed_s, TICK_COUNTED_S_MAX)
+        limit_s = max(self.config.gateway_silence_s, 3 * self.config.report_interval_ms / 1e3)
+        if self._gateway_silent_s < limit_s:
+            return []
+        self._gateway_silent_s = 0.0
+        order = SignalWorker(worker_id=GATEWAY, epoch=gateway.epoch, signal=signal.SIGKILL)
+        text = f"it has not reported for {limit_s:.0f} s"
+        return [note(gateway, "hung", text), ToAgent(order)]
 
     def _review(self, now_s: float) -> list[Action]:
         """Let shadows follow what is used, if there is no room for all (5.3), once nothing is missing."""
