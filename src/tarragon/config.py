@@ -62,6 +62,56 @@ SEND_TIMEOUT_S: Final = 5.0
 """A peer that does not take one frame within this time counts as gone: it is stopped or hangs."""
 TRACES_FLUSH_TIMEOUT_S: Final = 2.0
 """How long the gateway's end waits for its last spans to be taken."""
+WORKER_REDIAL_PAUSE_S_MIN: Final = 0.05
+WORKER_REDIAL_PAUSE_S_MAX: Final = 2.0
+"""The gateway dials a worker that does not answer again after the first of these, then ever more rarely."""
+ORCHESTRATOR_REDIAL_PAUSE_S: Final = 0.2
+"""The gateway dials an orchestrator that restarts again after this pause."""
+OUTPUTS_WAITING_MAX: Final = 256
+"""Engine steps that may wait for detokenisation before the workers' sockets are left to fill."""
+SERVER_STARTED_POLL_S: Final = 0.005
+"""How often a starting gateway looks whether its server accepts connections."""
+GRAMMAR_REASON_BYTES_MAX: Final = 2_000
+"""Longest sentence of why a grammar is refused."""
+GRAMMAR_SIGN_INTERVAL_S: Final = 1.0
+"""How often the process that tries grammars shows that it lives."""
+GRAMMAR_HELPERS_TRIED_MAX: Final = 3
+"""Helpers that one grammar may cost before it is refused."""
+GRAMMAR_VERDICT_BYTES_MAX: Final = 16 << 10
+"""Longest answer of that process."""
+DATA_FRAMES_BUFFERED_MAX: Final = 128
+"""Most data frames that are taken from a link at once."""
+EXHAUSTED_PAUSE_S: Final = 0.05
+"""How long nobody is accepted once there are no descriptors left."""
+DIAL_PAUSE_S_MIN: Final = 0.001
+DIAL_PAUSE_S_MAX: Final = 0.02
+"""Who dials one that does not listen yet tries again after the first of these, then up to the second."""
+PROBE_CHANNELS_MAX: Final = 1_024
+"""Most probe channels that one worker answers; further ones are refused."""
+STORE_REDIAL_PAUSE_S: Final = 0.05
+"""An attention worker dials a store that restarts again after this pause."""
+BUCKET_FD_TIMEOUT_S: Final = 5.0
+"""A descriptor follows its announcement at once."""
+BUCKETS_MAX: Final = 256
+"""Most buckets at a time: the node agent and the store keep a descriptor of each."""
+STORE_SEND_TIMEOUT_S: Final = 0.5
+"""A worker that does not take a message of some bytes within this time is cut off; it may dial again."""
+STORE_BIND_PAUSE_S: Final = 0.005
+"""A store that finds its predecessor's address taken tries again after this pause."""
+RECORD_READ_ATTEMPTS_MAX: Final = 8
+"""A record that changes under a reader this often belongs to a worker that is alive: it is not read."""
+CONTROL_REDIAL_PAUSE_S: Final = 0.02
+"""A worker dials an orchestrator that restarts again after this pause."""
+AGENT_UNSENT_MAX: Final = 1_024
+"""Messages that the node agent keeps for an orchestrator that is away."""
+VAULT_GUESTS_MAX: Final = 4
+"""Connections at a time: the store's, its predecessor's, and some that are about to be refused."""
+VAULT_SEND_TIMEOUT_S: Final = 0.5
+"""A store that does not take its buckets back in this time must not hold up the agent."""
+SHADOW_REPLICAS_MAX: Final = 63
+"""Most copies of an expert besides the one in use."""
+NO_HOST_WAIT_S: Final = 0.05
+"""How long a step whose expert has no live host waits for news at a time."""
 LOG_FORMATS: Final = ("text", "json")
 API_KEY_VARIABLE: Final = "TARRAGON_API_KEY"
 ADMIN_KEY_VARIABLE: Final = "TARRAGON_ADMIN_KEY"

@@ -14,20 +14,16 @@ import os
 import threading
 import time
 from abc import abstractmethod
-from typing import Final
 
 import msgspec
 
 from tarragon.agent import priority
 from tarragon.boot import Boot
-from tarragon.config import SEND_TIMEOUT_S
+from tarragon.config import CONTROL_REDIAL_PAUSE_S, EXHAUSTED_PAUSE_S, SEND_TIMEOUT_S
 from tarragon.messages import Control, ExpertId, Hello, ProtocolError, Ready, Refused, Report, Stop
 from tarragon.transport.local import Connection, Listener, dial
 from tarragon.transport.probe import ProbeChannel, probe_open
 from tarragon.transport.responder import ProbeResponder
-
-_REDIAL_PAUSE_S: Final = 0.02
-_EXHAUSTED_PAUSE_S: Final = 0.05
 
 
 class WorkerControl(threading.Thread):
@@ -106,7 +102,7 @@ class WorkerControl(threading.Thread):
             try:
                 self._talk(self._dial())
             except (OSError, ProtocolError):  # it restarts, or is not up yet
-                self.stopping.wait(_REDIAL_PAUSE_S)
+                self.stopping.wait(CONTROL_REDIAL_PAUSE_S)
 
     # ------------------------------------------------------------------ the orchestrator
 
@@ -197,7 +193,7 @@ class WorkerControl(threading.Thread):
             except (ConnectionError, TimeoutError, ProtocolError):
                 continue  # refused and counted, by the listener or in _accept
             except OSError:
-                time.sleep(_EXHAUSTED_PAUSE_S)  # no descriptor is left, for now
+                time.sleep(EXHAUSTED_PAUSE_S)  # no descriptor is left, for now
 
     def _accept(self) -> bool:
         """Wait for one connection and its first frame; True if it went into a mailbox."""

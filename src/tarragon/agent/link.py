@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 from tarragon.agent.log import LogWriter
-from tarragon.config import AGENT_DIAL_SLICE_S, AGENT_HANDSHAKE_S, Config
+from tarragon.config import AGENT_DIAL_SLICE_S, AGENT_HANDSHAKE_S, AGENT_UNSENT_MAX, Config
 from tarragon.messages import Alive, Control, Hello, ProtocolError
 from tarragon.transport.local import Connection, dial
 
-_UNSENT_MAX: Final = 1_024
 _WATCH_TURNS: Final = 5
 """The agent looks so often within the time of silence that it allows: an agent that was itself paused, with
 all the host perhaps, then accuses nobody, because one look is not enough."""
@@ -41,7 +40,7 @@ class OrchestratorLink:
         self._config = config
         self._log = log
         self._connection: Connection | None = None
-        self._unsent: deque[Control] = deque(maxlen=_UNSENT_MAX)
+        self._unsent: deque[Control] = deque(maxlen=AGENT_UNSENT_MAX)
         self._dial_until_s: float | None = None
         self._known_epoch = 0
         self._silent_turns = 0

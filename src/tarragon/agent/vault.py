@@ -10,20 +10,14 @@ import os
 import selectors
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 from tarragon.agent.log import LogWriter
 from tarragon.checkpoint import messages
-from tarragon.checkpoint.ledger import BUCKETS_MAX, Incarnation
+from tarragon.checkpoint.ledger import Incarnation
 from tarragon.checkpoint.messages import FRAME_BYTES_MAX, Bucket, Deposit, Dropped, Returned
-from tarragon.config import Config
+from tarragon.config import BUCKETS_MAX, VAULT_GUESTS_MAX, VAULT_SEND_TIMEOUT_S, Config
 from tarragon.messages import ProtocolError
 from tarragon.transport.local import Connection, Listener
-
-_GUESTS_MAX: Final = 4
-"""Connections at a time: the store's, its predecessor's, and some that are about to be refused."""
-_SEND_TIMEOUT_S: Final = 0.5
-"""A store that does not take its buckets back in this time must not hold up the agent."""
 
 
 @dataclass(eq=False)
@@ -62,7 +56,7 @@ class Vault:
             secret,
             frame_bytes_max=FRAME_BYTES_MAX,
             handshake_timeout_s=config.handshake_timeout_s,
-            send_timeout_s=_SEND_TIMEOUT_S,
+            send_timeout_s=VAULT_SEND_TIMEOUT_S,
         )
         selector.register(self._listener, selectors.EVENT_READ, self._on_dialer)
 
@@ -93,7 +87,7 @@ class Vault:
             connection = self._listener.accept(timeout_s=0)
         except (TimeoutError, ProtocolError, OSError):  # not done yet, or not one of us
             return
-        if len(self._guests) >= _GUESTS_MAX:
+        if len(self._guests) >= VAULT_GUESTS_MAX:
             self._dismiss(self._guests[0])
         guest = _Guest(connection)
         self._guests.append(guest)

@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 import torch
 
-from tarragon.config import BUCKET_BYTES_MAX
+from tarragon.config import BUCKET_BYTES_MAX, RECORD_READ_ATTEMPTS_MAX
 from tarragon.messages import DECODE_ERRORS, ProtocolError
 from tarragon.native.segments import record_whole, release_record
 from tarragon.transport.memory import sealed_size
@@ -41,8 +41,6 @@ _SHAPE_OFFSET: Final = 64
 _HEADER_BYTES: Final = 4 * _PAGE_BYTES
 _RECORD_HEADER_BYTES: Final = 224
 _ID_BYTES_MAX: Final = 192
-_READ_ATTEMPTS_MAX: Final = 8
-"""A record that changes under a reader this often belongs to a worker that is alive: it is not read."""
 
 
 class BucketError(ProtocolError):
@@ -202,7 +200,7 @@ class Bucket:
 
     def _copy(self, index: int) -> Committed | None:
         shape = self.shape
-        for _ in range(_READ_ATTEMPTS_MAX):
+        for _ in range(RECORD_READ_ATTEMPTS_MAX):
             version = int(self._versions[index])
             copy = self.records[index : index + 1].clone()
             if version % 2 == 0 and int(self._versions[index]) == version:

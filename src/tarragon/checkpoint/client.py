@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Final
 
 from tarragon.boot import Boot, socket_address
 from tarragon.checkpoint import messages
@@ -25,12 +24,9 @@ from tarragon.checkpoint.messages import (
     Stale,
     StoreMessage,
 )
+from tarragon.config import BUCKET_FD_TIMEOUT_S, STORE_REDIAL_PAUSE_S
 from tarragon.messages import ProtocolError
 from tarragon.transport.local import Connection, dial
-
-_REDIAL_PAUSE_S: Final = 0.05
-_FD_TIMEOUT_S: Final = 5.0
-"""A descriptor follows its announcement at once."""
 
 
 class StoreClient(threading.Thread):
@@ -92,7 +88,7 @@ class StoreClient(threading.Thread):
                 pass
             finally:
                 self._hang_up()
-            self._closing.wait(_REDIAL_PAUSE_S)
+            self._closing.wait(STORE_REDIAL_PAUSE_S)
 
     def close(self) -> None:
         """End the thread, from any other one."""
@@ -146,7 +142,7 @@ class StoreClient(threading.Thread):
     def _take(self, connection: Connection, bucket: Bucket) -> None:
         """Pass on a bucket that is new to us. Raises ProtocolError if it is not what it is said to be."""
         incarnation = (bucket.worker_id, bucket.epoch)
-        fd = messages.take_bucket(connection, bucket, _FD_TIMEOUT_S)
+        fd = messages.take_bucket(connection, bucket, BUCKET_FD_TIMEOUT_S)
         try:
             status = os.fstat(fd)
             memory = status.st_dev, status.st_ino

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+
+from tarragon.config import BUCKETS_MAX
 
 Incarnation = tuple[str, int]
 """Worker id and epoch."""
-BUCKETS_MAX: Final = 256
-"""Most buckets at a time: the node agent and the store keep a descriptor of each."""
 
 
 @dataclass

@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 from tarragon.boot import Boot, socket_address
 from tarragon.checkpoint import messages
-from tarragon.checkpoint.ledger import BUCKETS_MAX, Fenced, Granted, Incarnation, Ledger, Waits
+from tarragon.checkpoint.ledger import Fenced, Granted, Incarnation, Ledger, Waits
 from tarragon.checkpoint.messages import (
     FRAME_BYTES_MAX,
     Bucket,
@@ -33,13 +32,10 @@ from tarragon.checkpoint.messages import (
     Stale,
     StoreMessage,
 )
+from tarragon.config import BUCKETS_MAX, STORE_BIND_PAUSE_S, STORE_SEND_TIMEOUT_S
 from tarragon.control import WorkerControl
 from tarragon.messages import Control, Peer, Peers, ProtocolError, Ready, Report, Welcome
 from tarragon.transport.local import Connection, dial
-
-SEND_TIMEOUT_S: Final = 0.5
-"""A worker that does not take a message of some bytes within this time is cut off; it may dial again."""
-_BIND_PAUSE_S: Final = 0.005
 
 
 def main(boot: Boot) -> None:
@@ -68,7 +64,7 @@ def _listen(boot: Boot) -> StoreControl:
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline_s:
                 raise
-        time.sleep(_BIND_PAUSE_S)
+        time.sleep(STORE_BIND_PAUSE_S)
 
 
 class StoreControl(WorkerControl):
@@ -79,7 +75,7 @@ class StoreControl(WorkerControl):
             boot,
             frame_bytes_max=FRAME_BYTES_MAX,
             address=socket_address(boot.cluster, "store"),
-            send_timeout_s=SEND_TIMEOUT_S,
+            send_timeout_s=STORE_SEND_TIMEOUT_S,
         )
         self.mail: queue.SimpleQueue[tuple[Connection, bytes] | list[Peer]] = queue.SimpleQueue()
         self.counters: Callable[[], dict[str, float]] = dict

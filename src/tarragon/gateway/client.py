@@ -21,6 +21,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 
 from tarragon import tracing
 from tarragon.boot import Boot
+from tarragon.config import OUTPUTS_WAITING_MAX
 from tarragon.gateway import wire
 from tarragon.gateway.links import Link
 from tarragon.gateway.probing import Prober
@@ -30,8 +31,6 @@ from tarragon.messages import Peer, ProtocolError
 from tarragon.observability.pace import Pace
 
 SEED_BITS: Final = 63
-OUTPUTS_WAITING_MAX: Final = 256
-"""Engine steps that may wait for detokenisation before the workers' sockets are left to fill."""
 
 
 class RequestFailed(GracefulHTTPError):  # type: ignore[misc]

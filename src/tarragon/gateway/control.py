@@ -9,9 +9,9 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final
 
 from tarragon.boot import Boot
+from tarragon.config import ORCHESTRATOR_REDIAL_PAUSE_S
 from tarragon.gateway.client import Client
 from tarragon.gateway.metrics import counters
 from tarragon.messages import (
@@ -32,8 +32,6 @@ from tarragon.messages import (
     Welcome,
 )
 from tarragon.transport.local import AsyncConnection, dial_async
-
-REDIAL_PAUSE_S: Final = 0.2
 
 
 class Control:
@@ -63,7 +61,7 @@ class Control:
             except (OSError, TimeoutError):
                 pass  # it restarts, or is not up yet
             self._connection = None
-            await asyncio.sleep(REDIAL_PAUSE_S)
+            await asyncio.sleep(ORCHESTRATOR_REDIAL_PAUSE_S)
 
     async def _talk(self) -> bool:
         """One connection, from Hello to its end; False if there shall be no other."""

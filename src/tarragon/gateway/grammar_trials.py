@@ -21,14 +21,12 @@ import msgspec
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
+from tarragon.config import GRAMMAR_HELPERS_TRIED_MAX, GRAMMAR_VERDICT_BYTES_MAX
 from tarragon.gateway.client import RequestFailed
 from tarragon.gateway.grammar_zygote import Trial, Verdict, frame
 from tarragon.transport.sockets import check_same_user
 
-HELPERS_TRIED_MAX: Final = 3
-"""For one grammar."""
 VERDICTS_KEPT: Final = 1_024
-VERDICT_BYTES_MAX: Final = 16 << 10
 _FIELDS: Final = [field.name for field in dataclasses.fields(StructuredOutputsParams) if field.init]
 
 
@@ -74,7 +72,7 @@ class GrammarTrials:
 
     async def _ask(self, grammar: dict[str, Any]) -> Verdict:
         """Ask whoever tries grammars now, and its standby if it dies over that. Raises RequestFailed."""
-        for _ in range(HELPERS_TRIED_MAX):
+        for _ in range(GRAMMAR_HELPERS_TRIED_MAX):
             with suppress(ConnectionError):
                 return await self._ask_once(grammar)
         raise RequestFailed("grammars cannot be tried: the gateway's helper processes are gone")
@@ -134,7 +132,7 @@ class GrammarTrials:
         data = b""
         while True:
             try:
-                chunk = await loop.sock_recv(sock, VERDICT_BYTES_MAX)
+                chunk = await loop.sock_recv(sock, GRAMMAR_VERDICT_BYTES_MAX)
             except OSError:
                 chunk = b""
             if not chunk:

@@ -22,13 +22,11 @@ from typing import Any, Final, NamedTuple, NoReturn, Protocol
 import msgspec
 
 from tarragon.agent.process import die_with_parent
-from tarragon.config import Config
+from tarragon.config import GRAMMAR_REASON_BYTES_MAX, GRAMMAR_SIGN_INTERVAL_S, Config
 
 TRIALS_AT_ONCE: Final = 2
 """Further ones wait in the socket."""
-REASON_BYTES_MAX: Final = 2_000
 SIGN_OF_LIFE: Final = 0
-SIGN_INTERVAL_S: Final = 1.0
 
 
 class Trial(msgspec.Struct):
@@ -127,7 +125,7 @@ class Zygote:
             poll.register(self._sock, select.POLLIN)
         for child in self._children:
             poll.register(child.pidfd, select.POLLIN)
-        poll.poll(SIGN_INTERVAL_S * 1e3 if self._children else None)
+        poll.poll(GRAMMAR_SIGN_INTERVAL_S * 1e3 if self._children else None)
 
     def _start(self, trial: Trial) -> None:
         if self._compile is None:
@@ -151,7 +149,7 @@ class Zygote:
         if pid == 0:
             return
         self._children.remove(child)
-        reason = os.read(child.pipe, REASON_BYTES_MAX).decode("utf-8", "replace")
+        reason = os.read(child.pipe, GRAMMAR_REASON_BYTES_MAX).decode("utf-8", "replace")
         child.close()
         if status and not reason:
             reason = (
@@ -178,7 +176,7 @@ def _try(compile_: Compile, grammar: dict[str, Any], config: Config, pipe: int) 
     except MemoryError:
         os._exit(1)
     except BaseException as error:
-        os.write(pipe, (str(error) or type(error).__name__).encode()[:REASON_BYTES_MAX])
+        os.write(pipe, (str(error) or type(error).__name__).encode()[:GRAMMAR_REASON_BYTES_MAX])
         os._exit(1)
     os._exit(0)
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import select
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Protocol
 
 from tarragon.boot import Boot
+from tarragon.config import WORKER_REDIAL_PAUSE_S_MAX, WORKER_REDIAL_PAUSE_S_MIN
 from tarragon.gateway import wire
 from tarragon.messages import Peer, ProtocolError
 from tarragon.transport.local import AsyncConnection, dial_async
 from tarragon.transport.sockets import abandon
-
-REDIAL_PAUSE_S_MIN: Final = 0.05
-REDIAL_PAUSE_S_MAX: Final = 2.0
 
 
 class Events(Protocol):
@@ -80,12 +78,12 @@ class Link:
     # ------------------------------------------------------------------ the task
 
     async def _keep(self) -> None:
-        pause_s = REDIAL_PAUSE_S_MIN
+        pause_s = WORKER_REDIAL_PAUSE_S_MIN
         while True:
             self._was_cut = False
             try:
                 cause, kind = await self._run(), "closed"
-                pause_s = REDIAL_PAUSE_S_MIN
+                pause_s = WORKER_REDIAL_PAUSE_S_MIN
             except (OSError, TimeoutError, ProtocolError) as error:
                 cause = str(error) or type(error).__name__
                 kind = "protocol" if isinstance(error, ProtocolError) else "closed"
@@ -94,7 +92,7 @@ class Link:
             elif not self._was_cut:
                 self._on_refused(self.peer, cause)
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, REDIAL_PAUSE_S_MAX)
+            pause_s = min(2 * pause_s, WORKER_REDIAL_PAUSE_S_MAX)
 
     async def _run(self) -> str:
         """Dial, attach, receive until the end of file; return why it ended; raise as the transport does."""

@@ -11,13 +11,11 @@ import time
 from collections.abc import Callable
 
 from tarragon.boot import Boot
+from tarragon.config import WORKER_REDIAL_PAUSE_S_MAX, WORKER_REDIAL_PAUSE_S_MIN
 from tarragon.liveness import Failed, Probe, Verdict, WaitUntil, Watch
 from tarragon.messages import Peer, ProbeAccepted, ProbeOpen, ProtocolError
 from tarragon.transport.local import dial_async
 from tarragon.transport.probe import PROBE_OPEN_BYTES_MAX, ProbeChannel, ProbeRefused
-
-REOPEN_PAUSE_S_MIN = 0.05
-REOPEN_PAUSE_S_MAX = 2.0
 
 
 class Prober:
@@ -102,11 +100,11 @@ class _Watched:
     # ------------------------------------------------------------------ the channel
 
     async def _keep_open(self) -> None:
-        pause_s = REOPEN_PAUSE_S_MIN
+        pause_s = WORKER_REDIAL_PAUSE_S_MIN
         while True:
             try:
                 self.channel = await self._open()
-                pause_s = REOPEN_PAUSE_S_MIN
+                pause_s = WORKER_REDIAL_PAUSE_S_MIN
                 self._ended.clear()
                 self._loop.add_reader(self.channel.fileno(), self._take_answers)
                 self.arm()
@@ -115,7 +113,7 @@ class _Watched:
             except (OSError, TimeoutError, ProtocolError):
                 pass  # its link is what tells whether it is gone
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, REOPEN_PAUSE_S_MAX)
+            pause_s = min(2 * pause_s, WORKER_REDIAL_PAUSE_S_MAX)
 
     async def _open(self) -> ProbeChannel:
         """Dial, and wait until probes will be answered; raises as the transport does, and ProbeRefused."""

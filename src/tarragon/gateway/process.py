@@ -24,6 +24,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 
 from tarragon import tracing
 from tarragon.boot import Boot
+from tarragon.config import SERVER_STARTED_POLL_S
 from tarragon.gateway import flags, grammar_standby, wire
 from tarragon.gateway.admission import Admission, known_parameters
 from tarragon.gateway.authentication import guarded
@@ -38,7 +39,6 @@ from tarragon.security import exposure
 from tarragon.security.keys import api_keys
 
 TASKS: Final = ("generate",)
-STARTED_POLL_S: Final = 0.005
 
 
 def main(boot: Boot) -> None:
@@ -176,7 +176,7 @@ def server_settings(args: Namespace) -> dict[str, Any]:
 async def started(app: Any) -> None:
     """Return once the server accepts connections."""
     while not (hasattr(app.state, "server") and app.state.server.started):  # noqa: ASYNC110 - no event tells
-        await asyncio.sleep(STARTED_POLL_S)
+        await asyncio.sleep(SERVER_STARTED_POLL_S)
 
 
 class QuietFailures(logging.Filter):

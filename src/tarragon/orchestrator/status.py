@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Protocol, TypeVar
 import msgspec
 from aiohttp import web
 
-from tarragon.config import Config
+from tarragon.config import SHADOW_REPLICAS_MAX, Config
 from tarragon.observability import dashboard, metrics
 from tarragon.orchestrator.membership import MembershipError, UnknownWorkerError
 from tarragon.routing.placement import PlacementError
@@ -28,7 +28,6 @@ from tarragon.security.origin import from_here, host_name, is_loopback
 from tarragon.security.tls import CertificateError, admin_server_context
 
 SIGNALS: Final = ("KILL", "TERM", "INT", "STOP", "CONT", "ABRT", "SEGV", "BUS", "QUIT")
-SHADOW_REPLICAS_MAX: Final = 63
 INSTRUCTIONS: Final = ("retry", "restart", "scale_down")
 # A compressed body could be far longer than it says; nobody needs one here.
 _HTTP_OPTIONS: Final[dict[str, Any]] = {"access_log": None, "auto_decompress": False, "lingering_time": 1.0}

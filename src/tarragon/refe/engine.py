@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from tarragon import native
-from tarragon.config import PROBES_OFF_S, Config
+from tarragon.config import NO_HOST_WAIT_S, PROBES_OFF_S, Config
 from tarragon.messages import DataFlag, DataFrame, DataKind, Peer, RefusalReason, Table
 from tarragon.refe.counters import RefeCounters
 from tarragon.refe.exchange import Exchange, Send
@@ -413,7 +413,7 @@ class Refe:
                 f"an expert of layer {layer} has no live host, and none came within "
                 f"{self.config.expert_unreachable_timeout_s:g} s"
             )
-        select.select([self._wake_fd], [], [], min(remaining, 0.05))
+        select.select([self._wake_fd], [], [], min(remaining, NO_HOST_WAIT_S))
         return self.woken()
 
     def _add(self, new: NewLink) -> None:

@@ -14,15 +14,18 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from tarragon.config import HANDSHAKES_PENDING_MAX, SEND_TIMEOUT_S
+from tarragon.config import (
+    DIAL_PAUSE_S_MAX,
+    DIAL_PAUSE_S_MIN,
+    EXHAUSTED_PAUSE_S,
+    HANDSHAKES_PENDING_MAX,
+    SEND_TIMEOUT_S,
+)
 from tarragon.messages import Control, decode_control, encode_control
 from tarragon.transport.frames import BUFFERS_PER_CALL_MAX, FrameReader, Payload, encode_frame, unsent
 from tarragon.transport.handshake import DialerHandshake, Handshake, HandshakeError, ListenerHandshake
 from tarragon.transport.sockets import (
-    DIAL_PAUSE_S_MAX,
-    DIAL_PAUSE_S_MIN,
     EXHAUSTED,
-    EXHAUSTED_PAUSE_S,
     SEND_FLAGS,
     abandon,
     check_same_user,

@@ -12,11 +12,11 @@ import select
 import socket
 import time
 from collections import deque
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import msgspec
 
-from tarragon.config import LINK_OFFER_TIMEOUT_S, REGION_PAIRS_MAX, SEND_TIMEOUT_S
+from tarragon.config import DATA_FRAMES_BUFFERED_MAX, LINK_OFFER_TIMEOUT_S, REGION_PAIRS_MAX, SEND_TIMEOUT_S
 from tarragon.messages import (
     DATA_FRAME_BYTES,
     DECODE_ERRORS,
@@ -29,8 +29,6 @@ from tarragon.messages import (
 from tarragon.transport.connection import Connection
 from tarragon.transport.region import Region, RegionShape
 from tarragon.transport.sockets import SEND_FLAGS, abandon, hang_up, wait_ready
-
-_FRAMES_BUFFERED_MAX: Final = 128
 
 
 class LinkRefused(ProtocolError):
@@ -110,7 +108,7 @@ class DataLink:
         self.malformed = 0
         self._send_timeout_s = send_timeout_s
         self._owner_pid = os.getpid()
-        self._buffer = memoryview(bytearray(_FRAMES_BUFFERED_MAX * DATA_FRAME_BYTES))
+        self._buffer = memoryview(bytearray(DATA_FRAMES_BUFFERED_MAX * DATA_FRAME_BYTES))
         self._filled = 0
         self._frames: deque[DataFrame] = deque()
 
@@ -233,7 +231,7 @@ class DataLink:
     def recv_ready(self) -> list[DataFrame]:
         """Frames that have arrived, without waiting; sets ``eof`` when there will be no more.
 
-        One system call, hence at most _FRAMES_BUFFERED_MAX frames: the descriptor stays readable
+        One system call, hence at most DATA_FRAMES_BUFFERED_MAX frames: the descriptor stays readable
         while there are more, or an end of file that was not yet seen.
         """
         if not self.eof:

@@ -12,12 +12,11 @@ import socket
 import threading
 import time
 
-from tarragon.config import HANDSHAKES_PENDING_MAX, SEND_TIMEOUT_S
+from tarragon.config import EXHAUSTED_PAUSE_S, HANDSHAKES_PENDING_MAX, SEND_TIMEOUT_S
 from tarragon.transport.connection import Connection
 from tarragon.transport.handshake import HandshakeError, ListenerHandshake
 from tarragon.transport.sockets import (
     EXHAUSTED,
-    EXHAUSTED_PAUSE_S,
     abandon,
     check_same_user,
     listening_socket,

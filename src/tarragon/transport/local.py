@@ -10,14 +10,12 @@ import select
 import socket
 import time
 
-from tarragon.config import SEND_TIMEOUT_S
+from tarragon.config import DIAL_PAUSE_S_MAX, DIAL_PAUSE_S_MIN, SEND_TIMEOUT_S
 from tarragon.transport.aio import AsyncConnection, AsyncServer, dial_async, serve_async
 from tarragon.transport.connection import Connection
 from tarragon.transport.handshake import DialerHandshake, Handshake, HandshakeError
 from tarragon.transport.listener import Listener
 from tarragon.transport.sockets import (
-    DIAL_PAUSE_S_MAX,
-    DIAL_PAUSE_S_MIN,
     check_same_user,
     connect_once,
     recv_handshake,

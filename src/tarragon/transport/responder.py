@@ -14,12 +14,11 @@ import numpy.typing as npt
 import torch
 
 from tarragon import native
+from tarragon.config import PROBE_CHANNELS_MAX
 from tarragon.messages import ProbeAccepted, ProbeOpen, Refused
 from tarragon.transport.connection import Connection
 
 _THREAD_NAME: Final = "probe"
-CHANNELS_MAX: Final = 1_024
-"""Most probe channels that one worker answers; further ones are refused."""
 
 
 def _hurry() -> bool:
@@ -44,7 +43,7 @@ class ProbeResponder:
     one already.
     """
 
-    def __init__(self, epoch: int, *, channels_max: int = CHANNELS_MAX) -> None:
+    def __init__(self, epoch: int, *, channels_max: int = PROBE_CHANNELS_MAX) -> None:
         self.epoch = epoch
         self.refused = 0
         self.progress: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)

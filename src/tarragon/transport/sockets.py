@@ -17,10 +17,7 @@ _UCRED: Final = struct.Struct("3i")  # pid, uid, gid
 BACKLOG: Final = 128
 EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors of accept that pass when others release what they hold."""
-EXHAUSTED_PAUSE_S: Final = 0.05
 SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-DIAL_PAUSE_S_MIN: Final = 0.001
-DIAL_PAUSE_S_MAX: Final = 0.02
 
 
 def listening_socket(address: str) -> socket.socket:
