@@ -145,8 +145,8 @@ def streamed_tokens(bodies: Iterable[dict[str, Any]], readings: list[Reading]) -
 def with_stops(bodies: dict[str, dict[str, Any]], readings: list[Reading]) -> dict[str, dict[str, Any]]:
     """Requests that stop at a string which straddles two tokens late in the answer they gave without it."""
     stopping = {}
-    for (name, body), reading in zip(bodies.items(), readings, strict=True):
-        text = reading.texts.get(0, "")
-        if name in ("greedy", "seeded") and len(text) > 60:
-            stopping[f"stop string, {name}"] = body | {"stop": [text[-30:-18]]}
+    for name in ("greedy", "seeded"):
+        text = readings[list(bodies).index(name)].texts[0]
+        assert len(text) > 60, f"too short for a stop string: {text!r}"
+        stopping[f"stop string, {name}"] = bodies[name] | {"stop": [text[-30:-18]]}
     return stopping

@@ -45,4 +45,7 @@ class Undisturbed:
         bodies = kinds("Tell me a story about a lighthouse keeper who", prefix, TOKENS)
         plain = self.readings(cluster, model, list(bodies.values()))
         stops = with_stops(bodies, plain)
-        return bodies | stops, plain + self.readings(cluster, model, list(stops.values()))
+        stopped = self.readings(cluster, model, list(stops.values()))
+        for body, reading in zip(stops.values(), stopped, strict=True):
+            assert reading.finish == {0: ("stop", body["stop"][0])}
+        return bodies | stops, plain + stopped

@@ -6,13 +6,16 @@ before.
 
 from __future__ import annotations
 
+import os
+import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 from tarragon.admin import AdminError
 from tarragon.cluster import Cluster
@@ -72,3 +75,35 @@ def fresh(cluster: Cluster, *worker_ids: str) -> dict[str, dict[str, float]]:
                 reports.append(worker["counters"])
         time.sleep(POLL_S)
     return {worker_id: reports[-1] for worker_id, reports in seen.items()}
+
+
+def metric(url: str, sample_name: str, **labels: str) -> float:
+    """Sum of the samples of that name that have these labels, on /metrics of the listener at ``url``."""
+    reply = httpx.get(f"{url}/metrics", timeout=REPORTED_S)
+    reply.raise_for_status()
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(reply.text)
+        for sample in family.samples
+        if sample.name == sample_name and labels.items() <= sample.labels.items()
+    )
+
+
+def is_gone(pid: int) -> bool:
+    """Whether there is no such process any more; one that has ended is there until it is reaped."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process hangs during the block, and wakes after it."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):  # who found that it hangs may have ended it
+            os.kill(pid, signal.SIGCONT)

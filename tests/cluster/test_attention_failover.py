@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import pytest
-from tests.cluster.observe import fresh, replaced
+from tests.cluster.observe import fresh, is_gone, metric, replaced, stopped, until
 from tests.streams import Reading, read_all, streamed_tokens
 from tests.undisturbed import Undisturbed
 
@@ -16,27 +16,38 @@ from tarragon.cluster import Cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 FULL_CAPACITY_S = 120.0
+STALLS = "tarragon_stall_seconds_count"
+"""At the gateway: streams that have got a token again since their worker was lost."""
 
 
 class Once:
-    """Kills a worker the first time that the streams have brought so many tokens."""
+    """Does something in a thread the first time that the streams have brought so many tokens."""
 
-    def __init__(self, kill: Callable[[], None], at: int) -> None:
-        self._kill, self._at = kill, at
+    def __init__(self, act: Callable[[], None], at: int) -> None:
+        self._act, self._at = act, at
         self._counts: dict[int, int] = {}
         self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
 
     def __call__(self, stream: int, count: int) -> None:
         self._counts[stream] = count
         if self._thread is None and sum(self._counts.values()) >= self._at:
-            self._thread = threading.Thread(target=self._kill)
+            self._thread = threading.Thread(target=self._run)
             self._thread.start()
 
+    def _run(self) -> None:
+        try:
+            self._act()
+        except Exception as error:
+            self._error = error  # a thread's own would fail no test
+
     def join(self) -> None:
-        """Wait until the kill was asked for: on a busy machine the streams may end before."""
+        """Wait until it is done: on a busy machine the streams may end before. Raises what it raised."""
         assert self._thread is not None, "the moment never came"
         self._thread.join(FULL_CAPACITY_S)
         assert not self._thread.is_alive(), "the kill is not answered"
+        if self._error is not None:
+            raise self._error
 
 
 def assert_same(names: Iterable[str], got: list[Reading], wanted: list[Reading]) -> None:
@@ -91,14 +102,29 @@ def test_requests_are_restored_from_the_checkpoint(
 def test_a_stopped_attention_worker_that_wakes_does_no_harm(
     cluster: Cluster, model_name: str, undisturbed: Undisturbed
 ) -> None:
+    """It wakes with its old requests while others run them, and nobody but itself may end it then.
+
+    The orchestrator would have it ended: so that one is stopped too. The gateway needs no orchestrator to see
+    that a worker hangs.
+    """
     bodies, wanted = undisturbed.of_every_kind(cluster, model_name)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = cluster.pids()
-    fault = Once(lambda: cluster.kill("aw-0", "SIGSTOP"), 200)
+    went_on = metric(cluster.url, STALLS)
+    said = len(cluster.logs())
+
+    def stop_and_wake() -> None:
+        with stopped(pids["orchestrator"]):
+            with stopped(pids["aw-0"]):
+                until("no stream went on elsewhere", lambda: metric(cluster.url, STALLS) > went_on)
+            until("it woke and did not find that it is fenced", lambda: is_gone(pids["aw-0"]))
+
+    fault = Once(stop_and_wake, 200)
     got = read_all(cluster.url, model_name, list(bodies.values()), fault)
     fault.join()
     assert_same(bodies, got, wanted)
     replaced(cluster, pids, "aw-0")
+    assert "attention worker: fenced" in cluster.logs()[said:]
 
 
 def test_both_roles_at_once(cluster: Cluster, model_name: str, undisturbed: Undisturbed) -> None:

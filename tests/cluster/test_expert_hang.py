@@ -9,13 +9,12 @@ import signal
 import socket
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from tests.cluster.observe import fresh, replaced, until
+from tests.cluster.observe import fresh, is_gone, replaced, until
 from tests.pool import Clusters
 from tests.undisturbed import Undisturbed
 from tests.workload import Answer, ask, differing, mixed_requests
@@ -44,9 +43,15 @@ def worker(cluster: Cluster, worker_id: str) -> dict[str, Any]:
     return next(entry for entry in cluster.status()["workers"] if entry["id"] == worker_id)
 
 
+def noted(cluster: Cluster) -> list[dict[str, Any]]:
+    """What the orchestrator has noted, oldest first."""
+    reply = httpx.get(f"{cluster.admin_url}/events", params={"limit": 1_000}, timeout=30)
+    return list(reply.json()["events"])
+
+
 def events(cluster: Cluster, worker_id: str, kind: str) -> list[str]:
-    found = httpx.get(f"{cluster.admin_url}/events", params={"limit": 1_000}, timeout=30).json()["events"]
-    return [event["text"] for event in found if (event["worker_id"], event["kind"]) == (worker_id, kind)]
+    """The texts of one kind about one worker."""
+    return [e["text"] for e in noted(cluster) if (e["worker_id"], e["kind"]) == (worker_id, kind)]
 
 
 @contextlib.contextmanager
@@ -64,14 +69,6 @@ def under_load(cluster: Cluster, model_name: str, worker_id: str) -> Iterator[li
     yield answers
     reader.join(timeout=180)
     assert not reader.is_alive(), "a stream hangs"
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 def test_a_stopped_expert_worker_changes_no_stream_and_its_return_does_no_harm(
@@ -138,10 +135,23 @@ def test_two_expert_workers_killed_one_after_the_other_change_no_stream(
     pids = cluster.pids()
     with under_load(cluster, model_name, "ew-0") as answers:
         cluster.kill("ew-0")
-        time.sleep(0.3)  # the first is being replaced
+        # Not earlier: for a moment after the death nothing is started.
+        until("the first is not being replaced", lambda: is_loading(cluster, "ew-0", pids["ew-0"]))
         cluster.kill("ew-2")
+        until("the second kill did nothing", lambda: worker(cluster, "ew-2")["state"] != "healthy")
+        assert not answers, "the streams ended before the second kill"
     assert differing(answers, wanted) == []
     replaced(cluster, pids, "ew-0", "ew-2")
+    last = [(event["worker_id"], event["kind"]) for event in noted(cluster)]
+    second_death = len(last) - last[::-1].index(("ew-2", "dead"))
+    assert ("ew-0", "start") not in last[second_death:], "the second one died before the replacement began"
+    assert ("ew-0", "healthy") in last[second_death:], "the replacement was there before the second one died"
+
+
+def is_loading(cluster: Cluster, worker_id: str, old_pid: int) -> bool:
+    """Whether a replacement's process has begun, and is not ready."""
+    found = worker(cluster, worker_id)
+    return found["state"] == "starting" and found["pid"] not in (0, old_pid)
 
 
 @pytest.mark.parametrize("victim", ["ew-0", "aw-1"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tests.cluster.observe import replaced
 from tests.cluster.test_attention_failover import FULL_CAPACITY_S, assert_same
 from tests.pool import Clusters
-from tests.streams import read_all
+from tests.streams import kinds, read_all
 from tests.undisturbed import Undisturbed
 
 from tarragon.admin import AdminError
@@ -46,6 +47,29 @@ def test_a_death_at_a_named_place_changes_no_stream(
     armed.wait_for("full_capacity", FULL_CAPACITY_S)
     assert armed.pids()[victim] != pid, "the fault did not happen"
     assert f"failpoint {failpoint} reached" in armed.logs()
+
+
+LAST = 10
+"""Tokens of a stream, of which each step brings one."""
+
+
+def test_deaths_just_before_and_just_after_the_last_token_is_sent(
+    armed: Cluster, model_name: str, undisturbed: Undisturbed
+) -> None:
+    """The first worker keeps it to itself, with the finish reason; the second one is asked for it alone."""
+    body = kinds("The lighthouse keeper", [], LAST)["logprobs"]
+    wanted = undisturbed.readings(armed, model_name, [body])
+    armed.wait_for("full_capacity", FULL_CAPACITY_S)
+    pids = armed.pids()
+    said = len(armed.logs())
+    armed.admin.inject("aw-0", "between-commit-and-send", LAST)  # of two that have nothing, it is taken
+    armed.admin.inject("aw-1", "after-send")
+
+    assert read_all(armed.url, model_name, [body]) == wanted
+
+    replaced(armed, pids, "aw-0", "aw-1")
+    assert "failpoint between-commit-and-send reached" in armed.logs()[said:]
+    assert "failpoint after-send reached" in armed.logs()[said:]
 
 
 def test_a_worker_that_dies_while_it_restores_anothers_requests(

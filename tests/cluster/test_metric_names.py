@@ -7,7 +7,7 @@ import time
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from tests.cluster.observe import metric
 from tests.metric_names import documented, served
 from tests.streams import read_all
 
@@ -29,13 +29,7 @@ def names(cluster: Cluster) -> set[str]:
 
 def value(cluster: Cluster, sample_name: str, **labels: str) -> float:
     """Sum of the samples of that name on the admin listener whose labels are these."""
-    families = text_string_to_metric_families(httpx.get(f"{cluster.admin_url}/metrics", timeout=30).text)
-    return sum(
-        sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name == sample_name and labels.items() <= sample.labels.items()
-    )
+    return metric(cluster.admin_url, sample_name, **labels)
 
 
 def test_documented_names_are_those_that_are_served(cluster: Cluster, model_name: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.cluster.observe import fresh
+from tests.cluster.observe import fresh, until
+from tests.cluster.test_attention_failover import Once
 from tests.streams import Reading, kinds, read_all
 from tests.undisturbed import Undisturbed
 
@@ -23,25 +23,11 @@ TOKENS = 64
 BODIES = [kinds("The lighthouse keeper", list(range(100, 500)), TOKENS)[name] for name in ("greedy", "three")]
 
 
-class Midway:
-    """Does something once, in a thread, when the streams have brought so many tokens."""
-
-    def __init__(self, act: Callable[[], None], tokens: int = 40) -> None:
-        self._act, self._tokens, self._counts = act, tokens, dict[int, int]()
-        self.thread: threading.Thread | None = None
-
-    def __call__(self, stream: int, count: int) -> None:
-        self._counts[stream] = count
-        if self.thread is None and sum(self._counts.values()) >= self._tokens:
-            self.thread = threading.Thread(target=self._act)
-            self.thread.start()
-
-
 def read_while(cluster: Cluster, model: str, act: Callable[[], None]) -> list[Reading]:
-    midway = Midway(act)
+    """What the readers of BODIES get if something is done in the middle of it."""
+    midway = Once(act, at=40)
     got = read_all(cluster.url, model, BODIES, midway)
-    assert midway.thread is not None, "the fault did not happen"
-    midway.thread.join(WAIT_S)
+    midway.join()
     return got
 
 
@@ -110,7 +96,15 @@ def test_an_attention_worker_killed_after_the_store_loses_nothing(
         os.kill(workers(before)["aw-0"][0], signal.SIGKILL)
 
     assert read_while(cluster, model_name, act) == wanted
-    whole_with_another(cluster, "aw-0", workers(before)["aw-0"][0])
+    after = whole_with_another(cluster, "aw-0", workers(before)["aw-0"][0])
+    # What the new store knows is enough to restore from, and what it handed out too.
+    restored = of(after, "aw-0")["counters"]["restored_positions"]
+    assert read_while(cluster, model_name, lambda: cluster.kill("aw-1")) == wanted
+    whole_with_another(cluster, "aw-1", workers(after)["aw-1"][0])
+    until(
+        "nothing was restored",
+        lambda: of(cluster.status(), "aw-0")["counters"]["restored_positions"] > restored,
+    )
 
 
 def test_the_orchestrators_death_costs_nothing_and_it_learns_from_the_workers(

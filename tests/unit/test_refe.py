@@ -244,6 +244,31 @@ def test_a_table_is_acknowledged_while_an_expert_is_waited_for() -> None:
         layer(refe)
 
 
+def test_the_memory_of_a_dead_link_is_given_back_with_the_next_step() -> None:
+    """Also where its replacement came in the middle of a layer and got a slot of its own."""
+    with group(2) as (refe, workers, _):
+        layer(refe)
+        workers[0].hangs = True
+        fresh = FakeExpertWorker("ew-0", 200)
+        workers.append(fresh)
+
+        def gap() -> None:
+            refe.on_gap = lambda: None
+            workers[0].die()
+            refe.post(table([fresh, workers[1]], version=2))
+            refe.post(fresh.new)
+
+        refe.on_gap = gap
+        layer(refe)
+        assert [len(rows) > 0 for rows in refe._links.rows] == [True, True, True]
+        layer(refe)
+        assert [len(rows) > 0 for rows in refe._links.rows] == [False, True, True]
+        assert [len(results) > 0 for results in refe._links.results] == [False, True, True]
+        fresh.die()
+        refe.end_step()
+        assert [len(rows) > 0 for rows in refe._links.rows] == [False, True, False]
+
+
 def test_a_closed_link_is_replayed_at_once_as_priority() -> None:
     with group(2) as (refe, workers, lost):
         layer(refe)

@@ -125,6 +125,7 @@ class Refe:
     def begin_step(self, tokens: int) -> None:
         """Announce a forward pass over ``tokens`` rows; ``end_step`` says that none follows."""
         self.take_posts()
+        self._links.let_go()
         self.progress[0] += 1
         self._step += 1
         self._flags = DataFlag.NONE
@@ -138,6 +139,7 @@ class Refe:
         if self._in_step:
             self._in_step = False
             self._announce(DataKind.STEP_END)
+        self._links.let_go()
 
     def _announce(self, kind: DataKind) -> None:
         for slot in list(self._links.live):

@@ -84,6 +84,8 @@ class Links:
         self._answer_us_max = int(config.expert_answer_timeout_s * 1e6)
         self._on_lost = on_lost
         self._links: list[DataLink | None] = []
+        self._left: set[int] = set()
+        """Dead slots that still hold the memory of their region."""
         self._guards: dict[int, _Guard] = {}
         self._slot_by_fd: dict[int, int] = {}
 
@@ -127,6 +129,7 @@ class Links:
             self._links[slot], self.peers[slot] = link, new.peer
             self.rows[slot], self.ids[slot] = region.rows, region.expert_ids
             self.results[slot] = region.results
+            self._left.discard(slot)
         self._guards[slot] = _Guard(new.probes, self._config)
         self.live.append(slot)
         self._slot_by_fd[link.fileno()] = slot
@@ -138,6 +141,7 @@ class Links:
         if link is None:
             return False
         self._links[slot] = None
+        self._left.add(slot)
         self.live.remove(slot)
         self.poll.unregister(link.fileno())
         del self._slot_by_fd[link.fileno()]
@@ -146,6 +150,14 @@ class Links:
         self._guards.pop(slot).probes.close()
         self._on_lost(self.peers[slot], cause)
         return True
+
+    def let_go(self) -> None:
+        """Give the memory of dead slots back; to be called when nothing refers to their rows."""
+        while self._left:
+            slot = self._left.pop()
+            self.rows[slot] = self.rows[slot].new_empty(0, self.rows[slot].shape[1])
+            self.ids[slot] = self.ids[slot].new_empty(0)
+            self.results[slot] = self.results[slot].new_empty(0, self.results[slot].shape[1])
 
     def send(self, slot: int, frame: DataFrame) -> bool:
         """Send on a live link; False if it is dead, or has to be given up now."""
