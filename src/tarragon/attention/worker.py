@@ -33,7 +33,7 @@ def main(boot: Boot) -> None:
 
     spawn_undertaker()
     model = read_model(boot.model)
-    vllm_config = engine_config(boot)
+    vllm_config = engine_config(boot, model.dtype)
     if vllm_config.model_config.use_mla:
         # The engine's own rotary kernel is wrong for the three-dimensional queries of latent attention
         # (log-probs off by up to 0.5 against transformers); its plain torch form is right.

@@ -21,7 +21,6 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tarragon.boot import Boot
 from tarragon.config import Config
 from tarragon.gateway.flag_table import HARMLESS, OWN, REFUSED
-from tarragon.models.shape import read_model
 
 
 class FlagError(ValueError):
@@ -173,16 +172,18 @@ def engine_args(boot: Boot) -> AsyncEngineArgs:
     return AsyncEngineArgs.from_cli_args(serve_args(boot))
 
 
-def engine_config(boot: Boot) -> Any:
+def engine_config(boot: Boot, dtype: str = "auto") -> Any:
     """Return the VllmConfig that the gateway and every attention worker share.
+
+    ``dtype``: expert workers compute in the type of the stored experts, so an attention worker has to as well,
+    vLLM's own choice may be another. The gateway computes nothing.
 
     Raises ModelRefused for a checkpoint that Tarragon does not serve, and whatever vLLM raises for flags
     that do not fit it.
     """
     check_model(Path(boot.model))
     arguments = engine_args(boot)
-    # Expert workers compute in the type of the stored experts; vLLM's own choice may be another.
-    arguments.dtype = read_model(boot.model).dtype
+    arguments.dtype = dtype
     with _logger_caches_kept():
         return arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
