@@ -175,8 +175,8 @@ def engine_args(boot: Boot) -> AsyncEngineArgs:
 def engine_config(boot: Boot, dtype: str = "auto") -> Any:
     """Return the VllmConfig that the gateway and every attention worker share.
 
-    ``dtype``: expert workers compute in the type of the stored experts, so an attention worker has to as well,
-    vLLM's own choice may be another. The gateway computes nothing.
+    ``dtype``: expert workers compute in the type of the stored experts, so an attention worker has to as
+    well; vLLM's own choice may be another. The gateway computes nothing.
 
     Raises ModelRefused for a checkpoint that Tarragon does not serve, and whatever vLLM raises for flags
     that do not fit it.
