@@ -96,6 +96,10 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         self.resumed[request_id] = Resumed()
         start = time.perf_counter()
         source = self._restorer.find(request_id, origins) if self._layers else None
+        if len(self._block_sizes) > 1:
+            # Sliding windows beside full attention: restored rows gave another text. The writer is fenced by
+            # now, and all is computed anew, which is exact.
+            source = None
         self._restorer.spent(time.perf_counter() - start)
         if source is None or not (has_begun or self._prompts_may_be_cut):
             self._restorer.counters.restore_misses += 1
