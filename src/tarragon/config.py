@@ -26,12 +26,41 @@ REGION_HIDDEN_MAX: Final = 65_536
 """Widest row in a shared region, in elements."""
 REGION_PAIRS_MAX: Final = 1 << 22
 """Most (token, expert) rows in a shared region."""
+DATA_FRAMES_BUFFERED_MAX: Final = 128
+"""Most data frames that are taken from a link at once."""
+HANDSHAKES_PENDING_MAX: Final = 64
+"""Connections of one listener that have not yet proved that they know the secret."""
+PROBE_CHANNELS_MAX: Final = 1_024
+"""Most probe channels that one worker answers; further ones are refused."""
+
+# --- waits of the transport
+DIAL_PAUSE_S_MIN: Final = 0.001
+DIAL_PAUSE_S_MAX: Final = 0.02
+"""Who dials one that does not listen yet tries again after the first of these, then up to the second."""
+CONTROL_REDIAL_PAUSE_S: Final = 0.02
+"""A worker dials an orchestrator that restarts again after this pause."""
+LINK_OFFER_TIMEOUT_S: Final = 10.0
+"""Longest wait for the other side's word when a data link is set up."""
+SEND_TIMEOUT_S: Final = 5.0
+"""A peer that does not take one frame within this time counts as gone: it is stopped or hangs."""
+EXHAUSTED_PAUSE_S: Final = 0.05
+"""How long nobody is accepted once there are no descriptors left."""
+PROBES_OFF_S: Final = 86_400.0
+"""Silence before the first probe where probing is switched off: a day."""
+
+# --- checkpoints (6.1, 6.2)
 CHECKPOINT_ROWS_SHARE: Final = 0.9
 """Part of a bucket that is rows; the rest is room for its records and checksums."""
 BUCKET_BYTES_MAX: Final = 1 << 40
 """Largest checkpoint bucket of one worker."""
-TICK_COUNTED_S_MAX: Final = 0.5
-"""What one tick adds at most to a gateway's silence: a machine that stood still has heard nobody."""
+BUCKETS_MAX: Final = 256
+"""Most buckets at a time: the node agent and the store keep a descriptor of each."""
+SEGMENTS_PER_WRITE: Final = 16
+SEGMENT_ROWS_PER_WRITE: Final = 64
+"""New rows of the KV cache are written to the checkpoint with the rows of this many layers, or at once if a
+layer has as many as this."""
+RECORD_READ_ATTEMPTS_MAX: Final = 8
+"""A record that changes under a reader this often belongs to a worker that is alive: it is not read."""
 RESTORE_THREADS: Final = 2
 """Requests whose rows are read at a time, beside an attention worker's engine."""
 RESTORED_POSITIONS_PER_STEP: Final = 512
@@ -39,29 +68,41 @@ RESTORED_POSITIONS_PER_STEP: Final = 512
 wait for that."""
 ROWS_WAIT_S: Final = 0.002
 """How long an engine with nothing else to do waits for rows at a time: it has mail to look at."""
-SEGMENTS_PER_WRITE: Final = 16
-SEGMENT_ROWS_PER_WRITE: Final = 64
-"""New rows of the KV cache are written to the checkpoint with the rows of this many layers, or at once if a
-layer has as many as this."""
-HANDSHAKES_PENDING_MAX: Final = 64
-"""Connections of one listener that have not yet proved that they know the secret."""
-LINK_OFFER_TIMEOUT_S: Final = 10.0
-"""Longest wait for the other side's word when a data link is set up."""
+STORE_REDIAL_PAUSE_S: Final = 0.05
+"""An attention worker dials a store that restarts again after this pause."""
+STORE_BIND_PAUSE_S: Final = 0.005
+"""A store that finds its predecessor's address taken tries again after this pause."""
+STORE_SEND_TIMEOUT_S: Final = 0.5
+"""A worker that does not take a message of some bytes within this time is cut off; it may dial again."""
+BUCKET_FD_TIMEOUT_S: Final = 5.0
+"""A descriptor follows its announcement at once."""
+VAULT_GUESTS_MAX: Final = 4
+"""Connections at a time: the store's, its predecessor's, and some that are about to be refused."""
+VAULT_SEND_TIMEOUT_S: Final = 0.5
+"""A store that does not take its buckets back in this time must not hold up the agent."""
+
+# --- attention workers
+NO_HOST_WAIT_S: Final = 0.05
+"""How long a step whose expert has no live host waits for news at a time."""
+GRAMMAR_POLL_MS: Final = 2
+"""How often an idle attention worker looks whether the grammar of a moved request is compiled."""
+
+# --- orchestrator and node agent
+TICK_COUNTED_S_MAX: Final = 0.5
+"""What one tick adds at most to a gateway's silence: a machine that stood still has heard nobody."""
+SHADOW_REPLICAS_MAX: Final = 63
+"""Most copies of an expert besides the one in use."""
 AGENT_DIAL_SLICE_S: Final = 0.1
 """How long the node agent waits at a time for the orchestrator to listen: it has workers to reap."""
 AGENT_HANDSHAKE_S: Final = 2.0
 """How long it waits for an orchestrator that listens; one that dies ends the wait."""
+AGENT_UNSENT_MAX: Final = 1_024
+"""Messages that the node agent keeps for an orchestrator that is away."""
 GROUP_NICE_INTERVAL_S: Final = 0.1
 GROUP_NICE_ATTEMPTS: Final = 10
 """How often, and how many times, the kernel is asked to change a session's niceness."""
-GRAMMAR_POLL_MS: Final = 2
-"""How often an idle attention worker looks whether the grammar of a moved request is compiled."""
-PROBES_OFF_S: Final = 86_400.0
-"""Silence before the first probe where probing is switched off: a day."""
-SEND_TIMEOUT_S: Final = 5.0
-"""A peer that does not take one frame within this time counts as gone: it is stopped or hangs."""
-TRACES_FLUSH_TIMEOUT_S: Final = 2.0
-"""How long the gateway's end waits for its last spans to be taken."""
+
+# --- gateway
 WORKER_REDIAL_PAUSE_S_MIN: Final = 0.05
 WORKER_REDIAL_PAUSE_S_MAX: Final = 2.0
 """The gateway dials a worker that does not answer again after the first of these, then ever more rarely."""
@@ -71,47 +112,20 @@ OUTPUTS_WAITING_MAX: Final = 256
 """Engine steps that may wait for detokenisation before the workers' sockets are left to fill."""
 SERVER_STARTED_POLL_S: Final = 0.005
 """How often a starting gateway looks whether its server accepts connections."""
-GRAMMAR_REASON_BYTES_MAX: Final = 2_000
-"""Longest sentence of why a grammar is refused."""
-GRAMMAR_SIGN_INTERVAL_S: Final = 1.0
-"""How often the process that tries grammars shows that it lives."""
+TRACES_FLUSH_TIMEOUT_S: Final = 2.0
+"""How long the gateway's end waits for its last spans to be taken."""
+
+# --- grammars on trial
 GRAMMAR_HELPERS_TRIED_MAX: Final = 3
 """Helpers that one grammar may cost before it is refused."""
+GRAMMAR_SIGN_INTERVAL_S: Final = 1.0
+"""How often the process that tries grammars shows that it lives."""
 GRAMMAR_VERDICT_BYTES_MAX: Final = 16 << 10
 """Longest answer of that process."""
-DATA_FRAMES_BUFFERED_MAX: Final = 128
-"""Most data frames that are taken from a link at once."""
-EXHAUSTED_PAUSE_S: Final = 0.05
-"""How long nobody is accepted once there are no descriptors left."""
-DIAL_PAUSE_S_MIN: Final = 0.001
-DIAL_PAUSE_S_MAX: Final = 0.02
-"""Who dials one that does not listen yet tries again after the first of these, then up to the second."""
-PROBE_CHANNELS_MAX: Final = 1_024
-"""Most probe channels that one worker answers; further ones are refused."""
-STORE_REDIAL_PAUSE_S: Final = 0.05
-"""An attention worker dials a store that restarts again after this pause."""
-BUCKET_FD_TIMEOUT_S: Final = 5.0
-"""A descriptor follows its announcement at once."""
-BUCKETS_MAX: Final = 256
-"""Most buckets at a time: the node agent and the store keep a descriptor of each."""
-STORE_SEND_TIMEOUT_S: Final = 0.5
-"""A worker that does not take a message of some bytes within this time is cut off; it may dial again."""
-STORE_BIND_PAUSE_S: Final = 0.005
-"""A store that finds its predecessor's address taken tries again after this pause."""
-RECORD_READ_ATTEMPTS_MAX: Final = 8
-"""A record that changes under a reader this often belongs to a worker that is alive: it is not read."""
-CONTROL_REDIAL_PAUSE_S: Final = 0.02
-"""A worker dials an orchestrator that restarts again after this pause."""
-AGENT_UNSENT_MAX: Final = 1_024
-"""Messages that the node agent keeps for an orchestrator that is away."""
-VAULT_GUESTS_MAX: Final = 4
-"""Connections at a time: the store's, its predecessor's, and some that are about to be refused."""
-VAULT_SEND_TIMEOUT_S: Final = 0.5
-"""A store that does not take its buckets back in this time must not hold up the agent."""
-SHADOW_REPLICAS_MAX: Final = 63
-"""Most copies of an expert besides the one in use."""
-NO_HOST_WAIT_S: Final = 0.05
-"""How long a step whose expert has no live host waits for news at a time."""
+GRAMMAR_REASON_BYTES_MAX: Final = 2_000
+"""Longest sentence of why a grammar is refused."""
+
+# --- names
 LOG_FORMATS: Final = ("text", "json")
 API_KEY_VARIABLE: Final = "TARRAGON_API_KEY"
 ADMIN_KEY_VARIABLE: Final = "TARRAGON_ADMIN_KEY"
@@ -245,7 +259,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     shadow_review_s: float = 30.0
     """How often shadows are placed anew by what is used, where memory is too short for all; 0 is never."""
     shadow_gain_min: float = 0.05
-    """How often shadows are placed anew by what is used, where memory is short of all; 0 is never."""
+    """They move only if what is then covered does at least so much more of all work, as a share of it."""
     gateway_silence_s: float = 30.0
     """A gateway that reports nothing for this long hangs: it is ended, and started again."""
     crash_loop_uptime_s: float = 2.0

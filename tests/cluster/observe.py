@@ -77,6 +77,11 @@ def fresh(cluster: Cluster, *worker_ids: str) -> dict[str, dict[str, float]]:
     return {worker_id: reports[-1] for worker_id, reports in seen.items()}
 
 
+def worker(cluster: Cluster, worker_id: str) -> dict[str, Any]:
+    """What the status says of this worker now."""
+    return next(entry for entry in cluster.status()["workers"] if entry["id"] == worker_id)
+
+
 def metric(url: str, sample_name: str, **labels: str) -> float:
     """Sum of the samples of that name that have these labels, on /metrics of the listener at ``url``."""
     reply = httpx.get(f"{url}/metrics", timeout=REPORTED_S)

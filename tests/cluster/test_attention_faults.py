@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tests.cluster.observe import POLL_S, fresh, metric, replaced, until
+from tests.cluster.observe import POLL_S, fresh, metric, replaced, until, worker
 from tests.cluster.test_attention_failover import FULL_CAPACITY_S, Once, assert_same
 from tests.pool import Clusters
 from tests.streams import Reading, kinds, read_all
@@ -158,8 +158,7 @@ def seen_of(cluster: Cluster, gauge: str) -> Iterator[list[float]]:
 
 def counters(cluster: Cluster, worker_id: str) -> dict[str, float]:
     """As the worker has reported them last."""
-    found = next(w["counters"] for w in cluster.status()["workers"] if w["id"] == worker_id)
-    return dict(found)
+    return dict(worker(cluster, worker_id)["counters"])
 
 
 def test_failures_leave_no_descriptor_and_no_memory_behind(clusters: Clusters, model_name: str) -> None:
@@ -173,7 +172,7 @@ def test_failures_leave_no_descriptor_and_no_memory_behind(clusters: Clusters, m
         read_all(small.url, model_name, asked, fault)
         fault.join()
         replaced(small, pids, "aw-1")
-        # Without traffic: a link that comes in the middle of a layer does not take a dead one's place.
+        # Without traffic, so that the replacement's link meets the same moment each time.
         small.kill("ew-1")
         replaced(small, pids, "ew-1")
         read_all(small.url, model_name, asked)

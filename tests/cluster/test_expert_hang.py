@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.cluster.observe import fresh, is_gone, replaced, until
+from tests.cluster.observe import fresh, is_gone, replaced, until, worker
 from tests.pool import Clusters
 from tests.undisturbed import Undisturbed
 from tests.workload import Answer, ask, differing, mixed_requests
@@ -37,10 +37,6 @@ def cluster(clusters: Clusters) -> Cluster:
 def wanted(cluster: Cluster, model_name: str, undisturbed: Undisturbed) -> list[Answer]:
     """What BODIES are answered when nothing happens."""
     return undisturbed.answers(cluster, model_name, BODIES)
-
-
-def worker(cluster: Cluster, worker_id: str) -> dict[str, Any]:
-    return next(entry for entry in cluster.status()["workers"] if entry["id"] == worker_id)
 
 
 def noted(cluster: Cluster) -> list[dict[str, Any]]:

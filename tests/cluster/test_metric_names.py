@@ -27,11 +27,6 @@ def names(cluster: Cluster) -> set[str]:
     }
 
 
-def value(cluster: Cluster, sample_name: str, **labels: str) -> float:
-    """Sum of the samples of that name on the admin listener whose labels are these."""
-    return metric(cluster.admin_url, sample_name, **labels)
-
-
 def test_documented_names_are_those_that_are_served(cluster: Cluster, model_name: str) -> None:
     body = {"prompt": "Once upon a time", "max_tokens": 200, "ignore_eos": True}
     found: set[str] = set()
@@ -55,15 +50,15 @@ def test_documented_names_are_those_that_are_served(cluster: Cluster, model_name
 
 def test_failures_and_replacements_are_counted(cluster: Cluster) -> None:
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
-    lost = value(cluster, "tarragon_failovers_total", role="expert")
-    deaths = value(cluster, "tarragon_worker_deaths_total", role="expert")
-    came = value(cluster, "tarragon_provisioning_seconds_count", role="expert")
+    lost = metric(cluster.admin_url, "tarragon_failovers_total", role="expert")
+    deaths = metric(cluster.admin_url, "tarragon_worker_deaths_total", role="expert")
+    came = metric(cluster.admin_url, "tarragon_provisioning_seconds_count", role="expert")
     cluster.kill("ew-1")
-    while value(cluster, "tarragon_worker_deaths_total", role="expert") == deaths:
+    while metric(cluster.admin_url, "tarragon_worker_deaths_total", role="expert") == deaths:
         time.sleep(POLL_S)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
-    assert value(cluster, "tarragon_failovers_total", role="expert") == lost + 1
-    assert value(cluster, "tarragon_provisioning_seconds_count", role="expert") == came + 1
-    assert value(cluster, "tarragon_provisioning_seconds_sum", role="expert") > 0
-    assert value(cluster, "tarragon_shadow_coverage_ratio") == 1.0
-    assert value(cluster, "tarragon_unprotected_requests") == 0.0
+    assert metric(cluster.admin_url, "tarragon_failovers_total", role="expert") == lost + 1
+    assert metric(cluster.admin_url, "tarragon_provisioning_seconds_count", role="expert") == came + 1
+    assert metric(cluster.admin_url, "tarragon_provisioning_seconds_sum", role="expert") > 0
+    assert metric(cluster.admin_url, "tarragon_shadow_coverage_ratio") == 1.0
+    assert metric(cluster.admin_url, "tarragon_unprotected_requests") == 0.0

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from tarragon.attention.comparison import COST_MAX, Comparison, Spread
+from tarragon.attention.comparison import PAIR_COST_MAX, Comparison, Spread
 from tarragon.bench.checkpoint import conclude_steps
 
 
@@ -60,7 +60,7 @@ def test_a_machine_that_stands_still_says_no_more_than_the_bound() -> None:
     steps = Steps()
     steps.step()
     steps.step(plain_s=60.0)
-    assert steps.comparison.counters()["compared_wall_cost"] == -COST_MAX
+    assert steps.comparison.counters()["compared_wall_cost"] == -PAIR_COST_MAX
 
 
 def test_a_spread_is_mean_and_standard_error() -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-COST_MAX: Final = 0.5
+PAIR_COST_MAX: Final = 0.5
 """Bound of what one pair may say of the wall time: beyond it the machine stood still in one of the two."""
 
 
@@ -88,7 +88,7 @@ class Comparison:
 
     def _compare(self, protected: _Step, plain: _Step) -> None:
         cost = math.log(protected.wall_s / plain.wall_s)
-        self._wall.add(min(COST_MAX, max(-COST_MAX, cost)))
+        self._wall.add(min(PAIR_COST_MAX, max(-PAIR_COST_MAX, cost)))
         self._cpu.add(protected.cpu_s - plain.cpu_s)
         self._tokens += plain.tokens
 

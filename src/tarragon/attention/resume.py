@@ -38,6 +38,13 @@ class Load(NamedTuple):
     rows: list[LayerRows]
 
 
+class Expected(NamedTuple):
+    """A request from elsewhere, and where its committed rows lie."""
+
+    source: Source
+    origins: Sequence[Origin]
+
+
 class Reading(NamedTuple):
     """Rows of positions [start, stop) on their way out of another worker's bucket."""
 
@@ -74,8 +81,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         self._layers = layers
         self._block_sizes = block_sizes
         self._prompts_may_be_cut = prompts_may_be_cut
-        self._sources: dict[str, Source] = {}
-        self._origins: dict[str, Sequence[Origin]] = {}
+        self._expected: dict[str, Expected] = {}
         self._readings: dict[str, Reading] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(RESTORE_THREADS, "restore")
         self._positions_left = RESTORED_POSITIONS_PER_STEP
@@ -104,13 +110,11 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         if source is None or not (has_begun or self._prompts_may_be_cut):
             self._restorer.counters.restore_misses += 1
             return 0
-        self._sources[request_id] = source
-        self._origins[request_id] = origins
+        self._expected[request_id] = Expected(source, origins)
         return source.record.positions
 
     def forget(self, request_id: str) -> None:
-        self._sources.pop(request_id, None)
-        self._origins.pop(request_id, None)
+        self._expected.pop(request_id, None)
         self._readings.pop(request_id, None)
         self.resumed.pop(request_id, None)
 
@@ -124,15 +128,15 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         """
         if request.request_id in self.resumed:
             self.resumed[request.request_id] = Resumed(cached=num_computed_tokens)
-        source = self._sources.get(request.request_id)
-        if source is None:
+        expected = self._expected.get(request.request_id)
+        if expected is None:
             return 0, False
-        stop = min(source.record.positions, request.num_tokens - 1)
+        stop = min(expected.source.record.positions, request.num_tokens - 1)
         if stop <= num_computed_tokens:
             return 0, False
         reading = self._readings.get(request.request_id)
         if reading is None or reading.start > num_computed_tokens or reading.stop != stop:
-            job = self._pool.submit(self._read, request.request_id, source, num_computed_tokens, stop)
+            job = self._pool.submit(self._read, request.request_id, expected, num_computed_tokens, stop)
             reading = self._readings[request.request_id] = Reading(num_computed_tokens, stop, job)
         if not reading.job.done() or self._positions_left <= 0:
             return None, False
@@ -152,28 +156,27 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         if jobs:
             concurrent.futures.wait(jobs, timeout_s, concurrent.futures.FIRST_COMPLETED)
 
-    def _read(self, request_id: str, source: Source, start: int, stop: int) -> list[LayerRows] | None:
+    def _read(self, request_id: str, expected: Expected, start: int, stop: int) -> list[LayerRows] | None:
         """Read and check positions [start, stop), beside the engine; None if they are of no use."""
         begin = time.perf_counter()
-        rows = self._restorer.read(source, start, stop, self._kinds)
-        if rows is None and (newer := self._committed_since(request_id, source)) is not None:
+        rows = self._restorer.read(expected.source, start, stop, self._kinds)
+        if rows is None and (newer := self._committed_since(request_id, *expected)) is not None:
             rows = self._restorer.read(newer, start, stop, self._kinds)
         self._restorer.spent(time.perf_counter() - begin)
         return rows
 
-    def _committed_since(self, request_id: str, source: Source) -> Source | None:
+    def _committed_since(self, request_id: str, source: Source, origins: Sequence[Origin]) -> Source | None:
         """A newer commit of a living worker, which may have ended a step before it learned to hold."""
         if source.bucket.unchanged(source.record):
             return None
-        newer = self._restorer.find(request_id, self._origins.get(request_id, ()))
+        newer = self._restorer.find(request_id, origins)
         if newer is None or newer.record.positions < source.record.positions:
             return None
         return newer
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         reading = self._readings.pop(request.request_id, None)
-        self._sources.pop(request.request_id, None)
-        self._origins.pop(request.request_id, None)
+        self._expected.pop(request.request_id, None)
         if not num_external_tokens or reading is None:
             return
         start, rows = reading.stop - num_external_tokens, reading.job.result()

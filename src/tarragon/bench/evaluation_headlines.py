@@ -85,23 +85,20 @@ def _variants(metrics: Mapping[str, Any]) -> str:
 
 
 def _segments(metrics: Mapping[str, Any]) -> str:
-    found = {
-        "of tokens/s": (metrics["cost"], metrics["cost"]["median"], metrics["cost"]["n"]),
-        "of a step's time": _by_steps(metrics, "step_cost"),
-        "of the CPU time per token": _by_steps(metrics, "step_cpu_cost"),
-    }
-    return "at most 1 %: " + "; ".join(
-        f"{what} {100 * middle:.2f} % ({100 * cost['ci95'][0]:.2f} to {100 * cost['ci95'][1]:.2f} %, "
-        f"n={count:.0f}) {cost['verdict']}"
-        for what, (cost, middle, count) in found.items()
-        if cost
-    )
+    cost = metrics["cost"]
+    found = [_cost("of tokens/s", cost, cost["median"], cost["n"])]
+    if "step_cost" in metrics:  # the steps were enough
+        steps = {"of a step's time": "step_cost", "of the CPU time per token": "step_cpu_cost"}
+        found += [
+            _cost(what, metrics[name], metrics[name]["mean"], metrics["step_pairs"])
+            for what, name in steps.items()
+        ]
+    return "at most 1 %: " + "; ".join(found)
 
 
-def _by_steps(metrics: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], float, float]:
-    """Cost, mean and pairs; empty where the steps were too few."""
-    cost = metrics.get(name, {})
-    return cost, cost.get("mean", 0.0), metrics.get("step_pairs", 0.0)
+def _cost(what: str, cost: Mapping[str, Any], middle: float, pairs: float) -> str:
+    low, high = cost["ci95"]
+    return f"{what} {middle:.2%} ({low:.2%} to {high:.2%}, n={pairs:.0f}) {cost['verdict']}"
 
 
 def _pause(metrics: Mapping[str, Any]) -> str:

@@ -73,10 +73,6 @@ class StoreClient(threading.Thread):
         self.refusal = ""
         """Why this worker has no bucket, in the store's words; "" if nothing was refused."""
 
-    @property
-    def has_bucket(self) -> bool:
-        return self._me in self._known
-
     def run(self) -> None:
         while not self._closing.is_set():
             try:

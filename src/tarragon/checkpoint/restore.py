@@ -71,7 +71,8 @@ class RestoreCounters(Counters):
 class Restorer:
     """The buckets of other incarnations, and what may be taken from them.
 
-    ``add`` and ``drop`` come from the store client's thread, ``read`` from those that read beside the engine.
+    ``add`` and ``drop`` come from the store client's thread, ``read`` from threads beside the engine's, and
+    ``find`` from both.
     """
 
     def __init__(self, fingerprint: str) -> None:
@@ -111,6 +112,11 @@ class Restorer:
         with self._lock:
             self.counters.restore_s += seconds
 
+    def _count_unusable(self, *, absent: bool) -> None:
+        with self._lock:
+            self.counters.restore_incomplete += absent
+            self.counters.restore_corrupt += not absent
+
     def find(self, request_id: str, origins: Sequence[Origin]) -> Source | None:
         """Return the longest commit in the buckets of ``origins``; those of dead workers are sealed first."""
         best: Source | None = None
@@ -125,8 +131,7 @@ class Restorer:
             try:
                 record = bucket.find(request_id, origin.attempt)
             except BucketError as error:
-                with self._lock:
-                    self.counters.restore_corrupt += 1
+                self._count_unusable(absent=False)
                 print(f"WARNING request {request_id}: {error}", file=sys.stderr)
                 continue
             if record is not None and (best is None or record.positions > best.record.positions):
@@ -142,8 +147,7 @@ class Restorer:
                 return None
             rows.append(taken)
         if not source.bucket.unchanged(source.record):
-            with self._lock:
-                self.counters.restore_corrupt += 1
+            self._count_unusable(absent=False)
             return None
         return rows
 
@@ -162,8 +166,6 @@ class Restorer:
         bad = segment_read(bucket.rows[layer], bucket.checks[layer], slots, key.flatten(1), value.flatten(1))
         if bad >= 0:
             absent = int(bucket.checks[layer, int(slots[bad])]) == 0
-            with self._lock:
-                self.counters.restore_incomplete += absent
-                self.counters.restore_corrupt += not absent
+            self._count_unusable(absent=absent)
             return None
         return LayerRows(positions, key, value)

@@ -63,10 +63,7 @@ class Checkpointer:
         self.traffic: TrafficRing | None = None
         self._pending: list[Segment] = []
         self._per_write = SEGMENTS_PER_WRITE
-        self._left = 0
-        """Layers of this step whose rows are still to be written."""
-        self._due = self._per_write
-        """As soon as so many are noted, they are written."""
+        """As soon as so many layers are noted, they are written."""
         self._records: dict[str, int] = {}
         self._free: list[int] = []
 
@@ -102,13 +99,15 @@ class Checkpointer:
         if self.bucket is None or not self.enabled:
             return None
         self._per_write = 1 if tokens >= SEGMENT_ROWS_PER_WRITE else SEGMENTS_PER_WRITE
-        self._left = self.bucket.shape.layers
-        self._due = min(self._per_write, self._left)
         return self._pending
 
     def use_gap(self) -> None:
         """The worker waits for its experts: copy what was noted, if it is worth a call or no gap follows."""
-        if len(self._pending) >= self._due:
+        pending = self._pending
+        if not pending or self.bucket is None:
+            return
+        layer = pending[-1][0]
+        if len(pending) >= self._per_write or layer == self.bucket.shape.layers - 1:
             self.flush()
 
     def flush(self) -> None:
@@ -128,8 +127,6 @@ class Checkpointer:
         if self.traffic is not None:
             self.traffic.add(SEGMENTS, layers[0], start, end, size)
         self._pending.clear()
-        self._left -= len(layers)
-        self._due = min(self._per_write, self._left) if self._left > 0 else self._per_write
         counters.checkpoint_s += end - start
 
     def check_seal(self) -> None:

@@ -193,8 +193,8 @@ class ExpertService:
         if frame.first + frame.pairs > region.shape.pairs_max:
             return RefusalReason.BAD_COUNT
         span = slice(frame.first, frame.first + frame.pairs)
-        ids = checked[span].numpy()
-        ids[:] = region.expert_ids[span].numpy()  # what is checked is what is used
+        ids = checked.numpy()[span]
+        ids[:] = region.expert_ids.numpy()[span]  # what is checked is what is used
         if frame.pairs and not (ids.min() >= 0 and ids.max() < self._pairs.shape[1]):
             return RefusalReason.BAD_COUNT
         if not self.experts.all_resident(frame.layer, ids):

@@ -101,9 +101,9 @@ class Counters:
     outputs_stale: int = 0
     """Outputs dropped because they belong to an older attempt or another owner."""
     outputs_unknown: int = 0
+    """Outputs dropped because the request has ended: aborts cross the last outputs on their way."""
     frames_malformed: int = 0
     """Messages of the orchestrator that are none."""
-    """Outputs dropped because the request has ended: aborts cross the last outputs on their way."""
     failovers: Counter[str] = field(default_factory=Counter)
     """Workers lost, by the kind of cause."""
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from tarragon.config import TICK_COUNTED_S_MAX, Config
+from tarragon.config import Config
 from tarragon.messages import (
     Assign,
     Control,
@@ -48,6 +48,7 @@ from tarragon.orchestrator.planning import ExpertShape, Planner
 from tarragon.orchestrator.relations import peers_of
 from tarragon.orchestrator.residency import NO_VERSION, Order, Residency, Step
 from tarragon.orchestrator.restarts import Restarts
+from tarragon.orchestrator.silence import Silence
 from tarragon.orchestrator.suspicions import judge
 from tarragon.orchestrator.tally import Tally
 from tarragon.routing.placement import Placement, PlacementError
@@ -96,9 +97,7 @@ class Recovery:
         self.leaving: dict[str, Leave] = {}
         self._probe_at_s: dict[str, float] = {}
         self._review_at_s = 0.0
-        self._ticked_s = 0.0
-        self._gateway_heard_s = -1.0
-        self._gateway_silent_s = 0.0
+        self._gateway_silence = Silence()
         self._peers_sent: dict[str, list[Peer]] = {}
         self._unreachable: tuple[int, int] = (-1, 0)
 
@@ -235,20 +234,16 @@ class Recovery:
 
     def _watch_gateway(self, now_s: float) -> list[Action]:
         """A gateway that hangs is killed: its streams are lost, as with its death, and service returns."""
-        passed_s, self._ticked_s = now_s - self._ticked_s, now_s
         gateway = self.membership.workers.get(GATEWAY)
-        if gateway is None or gateway.state != "healthy" or gateway.heard_s != self._gateway_heard_s:
-            self._gateway_silent_s = 0.0
-            self._gateway_heard_s = -1.0 if gateway is None else gateway.heard_s
-            return []
-        self._gateway_silent_s += min(passed_s, TICK_COUNTED_S_MAX)
+        serving = gateway if gateway is not None and gateway.state == "healthy" else None
+        silent_s = self._gateway_silence.look(None if serving is None else serving.heard_s, now_s)
         limit_s = max(self.config.gateway_silence_s, 3 * self.config.report_interval_ms / 1e3)
-        if self._gateway_silent_s < limit_s:
+        if serving is None or silent_s < limit_s:
             return []
-        self._gateway_silent_s = 0.0
-        order = SignalWorker(worker_id=GATEWAY, epoch=gateway.epoch, signal=signal.SIGKILL)
+        self._gateway_silence.begin_anew()
+        order = SignalWorker(worker_id=GATEWAY, epoch=serving.epoch, signal=signal.SIGKILL)
         text = f"it has not reported for {limit_s:.0f} s"
-        return [note(gateway, "hung", text), ToAgent(order)]
+        return [note(serving, "hung", text), ToAgent(order)]
 
     def _review(self, now_s: float) -> list[Action]:
         """Let shadows follow what is used, if there is no room for all (5.3), once nothing is missing."""
