@@ -330,9 +330,29 @@ def test_blocks_that_a_window_has_passed_are_left_out(worker: Worker, reader: Re
     worker.commit("r", 0, 10)
     source = found(reader)
     assert source is not None
-    rows = reader.read(source, 0, 10, KINDS)
+    rows = reader.read(source, 0, 10, KINDS, first_held=(4,))
     assert rows is not None
     assert rows[0].positions.tolist() == list(range(4, 10))
+    assert reader.read(source, 0, 10, KINDS) is None, "block 0 is no block"
+    assert reader.counters.restore_incomplete == 1
+
+
+@pytest.mark.parametrize("blocks_max", [3, 8, 16])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_every_cache_group_has_blocks_of_its_own(groups: int, blocks_max: int) -> None:
+    """Whatever room a record's padding leaves behind them."""
+    change = {"blocks_max": blocks_max, "block_sizes": (4,) * groups, "layer_groups": (groups - 1,) * 3}
+    shape = msgspec.structs.replace(SHAPE, **change)
+    fd = create_sealed("bucket", shape.total_bytes)
+    writer = Checkpointer()
+    writer.attach(Bucket.map(fd, shape))
+    blocks = torch.arange(1, 1 + blocks_max, dtype=torch.int32)[None]
+    tables = [blocks + 20 * group for group in range(groups)]
+    writer.commit([Scheduled("r", 0, 10)], tables, {"r": 1})
+    record = Bucket.map(fd, shape).find("r", 1)
+    assert record is not None
+    assert [found.tolist() for found in record.blocks] == [table[0, :3].tolist() for table in tables]
+    os.close(fd)
 
 
 def test_copied_blocks_are_copied(worker: Worker, reader: Restorer) -> None:

@@ -26,12 +26,19 @@ POSITIONS = 10
 class Engine:
     """Calls a seat as the scheduler and the runner do; remembers what is written into its cache."""
 
+    window = 0
+    """Positions that the next one attends to, itself included; 0 is all."""
+
     def __init__(self, worker: Worker) -> None:
         self.cache: dict[tuple[int, int], torch.Tensor] = {}
         layers = [CachedLayer(kind, None, self._update(place)) for place, kind in enumerate(KINDS)]
         self.restorer = Restorer("same")
         self.restorer.add("aw-0", 7, worker.fd)
-        self.seat = Seat(self.restorer, layers, SHAPE.block_sizes, prompts_may_be_cut=True)
+        self.seat = Seat(self.restorer, layers, SHAPE.block_sizes, self._first_held, prompts_may_be_cut=True)
+
+    def _first_held(self, positions: int) -> tuple[int]:
+        passed = max(0, positions - self.window + 1) if self.window else 0
+        return (passed // 4 * 4,)
 
     def _update(self, place: int) -> Any:
         def update(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
@@ -40,9 +47,9 @@ class Engine:
 
         return update
 
-    def matched(self, name: str, computed: int = 0) -> int | None:
+    def matched(self, name: str, computed: int = 0, tokens: int = POSITIONS + 1) -> int | None:
         """What the scheduler is told, once the rows are read."""
-        request = SimpleNamespace(request_id=name, num_tokens=POSITIONS + 1)
+        request = SimpleNamespace(request_id=name, num_tokens=tokens)
         self.seat.get_num_new_matched_tokens(request, computed)
         self.seat.wait_for_rows(WAIT_S)
         return self.seat.get_num_new_matched_tokens(request, computed)[0]
@@ -143,3 +150,21 @@ def test_who_left_meanwhile_is_forgotten(engine: Engine) -> None:
     engine.seat.forget("r")
     request = SimpleNamespace(request_id="r", num_tokens=POSITIONS + 1)
     assert engine.seat.get_num_new_matched_tokens(request, 0) == (0, False)
+
+
+def test_a_window_needs_no_more_than_it_sees(engine: Engine) -> None:
+    engine.window = 4
+    assert engine.matched("r") == POSITIONS, "those that it has passed count as computed"
+    engine.allocate("r", (0, 3, 7), POSITIONS)
+    engine.step()
+    assert {slot for _, slot in engine.cache} == {*range(3 * 4, 4 * 4), 7 * 4, 7 * 4 + 1}
+
+
+@pytest.mark.parametrize(("unsent", "restored"), [(0, True), (1, True), (2, True), (3, False)])
+def test_what_a_window_of_the_writer_has_passed_is_not_read(
+    engine: Engine, unsent: int, restored: bool
+) -> None:
+    """Tokens were lost on the way out: what they no longer attend to may have been overwritten since."""
+    engine.window = 5  # with 8 to 10 positions computed the first block is passed, with 7 it is not
+    wanted = POSITIONS - unsent
+    assert engine.matched("r", tokens=wanted + 1) == (wanted if restored else 0)

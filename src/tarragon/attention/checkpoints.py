@@ -15,6 +15,7 @@ from tarragon.attention.baseline import Snapshot
 from tarragon.attention.comparison import Comparison
 from tarragon.attention.reprotect import Reprotector
 from tarragon.attention.resume import Resumer, Seat
+from tarragon.attention.windows import first_held
 from tarragon.boot import Boot
 from tarragon.checkpoint.bucket import Bucket
 from tarragon.checkpoint.client import StoreClient
@@ -42,7 +43,8 @@ class Checkpoints:
         groups = runner.kv_cache_config.kv_cache_groups
         self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
         exact = not runner.model_config.use_mla
-        self.seat = Seat(self.restorer, self.layers, self._block_sizes, prompts_may_be_cut=exact)
+        held = first_held(self._scheduler)
+        self.seat = Seat(self.restorer, self.layers, self._block_sizes, held, prompts_may_be_cut=exact)
         self.resumer = Resumer(engine, runner, self.seat)
         self._scheduler.connector = self.seat
         self._granted: queue.SimpleQueue[int] = queue.SimpleQueue()

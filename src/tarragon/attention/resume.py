@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from tarragon.attention.capture import CachedLayer
 from tarragon.attention.randomness import PositionalGenerator
+from tarragon.attention.windows import FirstHeld
 from tarragon.checkpoint.bucket import slots_at
 from tarragon.checkpoint.restore import LayerRows, Restorer, Source
 from tarragon.config import RESTORE_THREADS, RESTORED_POSITIONS_PER_STEP
@@ -68,6 +69,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         restorer: Restorer,
         layers: Sequence[CachedLayer],
         block_sizes: Sequence[int],
+        first_held: FirstHeld,
         *,
         prompts_may_be_cut: bool,
     ) -> None:
@@ -80,6 +82,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         self._kinds = [layer.kind for layer in layers]
         self._layers = layers
         self._block_sizes = block_sizes
+        self._first_held = first_held
         self._prompts_may_be_cut = prompts_may_be_cut
         self._expected: dict[str, Expected] = {}
         self._readings: dict[str, Reading] = {}
@@ -102,10 +105,6 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         self.resumed[request_id] = Resumed()
         start = time.perf_counter()
         source = self._restorer.find(request_id, origins) if self._layers else None
-        if len(self._block_sizes) > 1:
-            # Sliding windows beside full attention: restored rows gave another text. The writer is fenced by
-            # now, and all is computed anew, which is exact.
-            source = None
         self._restorer.spent(time.perf_counter() - start)
         if source is None or not (has_begun or self._prompts_may_be_cut):
             self._restorer.counters.restore_misses += 1
@@ -159,11 +158,22 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
     def _read(self, request_id: str, expected: Expected, start: int, stop: int) -> list[LayerRows] | None:
         """Read and check positions [start, stop), beside the engine; None if they are of no use."""
         begin = time.perf_counter()
-        rows = self._restorer.read(expected.source, start, stop, self._kinds)
+        rows = self._rows(expected.source, start, stop)
         if rows is None and (newer := self._committed_since(request_id, *expected)) is not None:
-            rows = self._restorer.read(newer, start, stop, self._kinds)
+            rows = self._rows(newer, start, stop)
         self._restorer.spent(time.perf_counter() - begin)
         return rows
+
+    def _rows(self, source: Source, start: int, stop: int) -> list[LayerRows] | None:
+        """Not usable if the writer's windows have moved beyond what position ``stop`` attends to.
+
+        A step of theirs was under way perhaps, and a block that it gives back may have other rows by now.
+        """
+        held = self._first_held(stop)
+        if held != self._first_held(source.record.positions):
+            self._restorer.count_unusable(absent=True)
+            return None
+        return self._restorer.read(source, start, stop, self._kinds, held)
 
     def _committed_since(self, request_id: str, source: Source, origins: Sequence[Origin]) -> Source | None:
         """A newer commit of a living worker, which may have ended a step before it learned to hold."""
@@ -212,13 +222,8 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         for load in loads:
             for layer, rows in zip(self._layers, load.rows, strict=True):
                 group = layer.kind.group
-                size = self._block_sizes[group]
-                slots = slots_at(load.blocks[group], size, rows.positions.numpy())
-                held = slots >= size
-                if held.all():
-                    layer.update(rows.key, rows.value, slots)
-                else:
-                    layer.update(rows.key[held], rows.value[held], slots[held])
+                slots = slots_at(load.blocks[group], self._block_sizes[group], rows.positions.numpy())
+                layer.update(rows.key, rows.value, slots)
         self._restorer.spent(time.perf_counter() - begin)
 
     # The worker's side of vLLM's interface: this engine runs in one process, ``load`` does it all.

@@ -83,6 +83,11 @@ class BucketShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return -(-size // 64) * 64
 
     @property
+    def blocks_room(self) -> int:
+        """Blocks of each group that a record has room for, padding included: native code lays it out so."""
+        return (self.record_bytes - _RECORD_HEADER_BYTES) // (4 * len(self.block_sizes))
+
+    @property
     def records_offset(self) -> int:
         return _HEADER_BYTES
 
@@ -213,9 +218,9 @@ class Bucket:
         if not record_whole(copy, shape.block_sizes):
             raise BucketError("a commit record is damaged: its checksum is wrong")
         tables = (
-            copy.numpy()[0, _RECORD_HEADER_BYTES:][: 4 * shape.blocks_max * len(shape.block_sizes)]
+            copy.numpy()[0, _RECORD_HEADER_BYTES:][: 4 * shape.blocks_room * len(shape.block_sizes)]
             .view(np.int32)
-            .reshape(len(shape.block_sizes), shape.blocks_max)
+            .reshape(len(shape.block_sizes), shape.blocks_room)
         )
         blocks = tuple(tables[group, : -(-positions // size)] for group, size in enumerate(shape.block_sizes))
         return Committed(index, version, attempt, positions, blocks)

@@ -2,8 +2,8 @@
 
 The reader seals a dead worker's bucket first, then reads the record, then the rows, checking the checksum of
 each, and looks at last whether the record still stands: a worker that wakes in between can only take its
-record back before it overwrites anything. Whatever fails, the caller computes the rows anew: never wrong
-text.
+record back before it overwrites anything but blocks that a sliding window has passed. Whatever fails, the
+caller computes the rows anew: never wrong text.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class Restorer:
         with self._lock:
             self.counters.restore_s += seconds
 
-    def _count_unusable(self, *, absent: bool) -> None:
+    def count_unusable(self, *, absent: bool) -> None:
+        """Count a commit that nothing could be taken from: rows are ``absent``, or else damaged."""
         with self._lock:
             self.counters.restore_incomplete += absent
             self.counters.restore_corrupt += not absent
@@ -131,23 +132,37 @@ class Restorer:
             try:
                 record = bucket.find(request_id, origin.attempt)
             except BucketError as error:
-                self._count_unusable(absent=False)
+                self.count_unusable(absent=False)
                 print(f"WARNING request {request_id}: {error}", file=sys.stderr)
                 continue
             if record is not None and (best is None or record.positions > best.record.positions):
                 best = Source(bucket, record)
         return best
 
-    def read(self, source: Source, start: int, stop: int, kinds: Sequence[RowKind]) -> list[LayerRows] | None:
-        """The rows of positions [start, stop) of every layer, or None if any is absent or damaged."""
+    def read(
+        self,
+        source: Source,
+        start: int,
+        stop: int,
+        kinds: Sequence[RowKind],
+        first_held: Sequence[int] = (),
+    ) -> list[LayerRows] | None:
+        """The rows of positions [start, stop) of every layer, or None if any is absent or damaged.
+
+        Args:
+            kinds: per layer.
+            first_held: per cache group, the first position of which anything is wanted: a sliding window has
+                passed the others, and their blocks may hold other rows by now. Nothing: all are wanted.
+        """
         rows = []
         for layer, kind in enumerate(kinds):
-            taken = self._read_layer(source, layer, kind, start, stop)
+            first = max(start, first_held[kind.group]) if first_held else start
+            taken = self._read_layer(source, layer, kind, first, stop)
             if taken is None:
                 return None
             rows.append(taken)
         if not source.bucket.unchanged(source.record):
-            self._count_unusable(absent=False)
+            self.count_unusable(absent=False)
             return None
         return rows
 
@@ -158,14 +173,14 @@ class Restorer:
         size = bucket.shape.block_sizes[kind.group]
         positions = torch.arange(start, stop)
         slots = slots_at(blocks, size, positions.numpy())
-        held = slots >= size  # block 0 is no block: a sliding window has passed it
-        if not held.all():
-            slots, positions = slots[held].contiguous(), positions[held]
+        if len(slots) and int(slots.min()) < size:  # block 0 is no block
+            self.count_unusable(absent=True)
+            return None
         key = torch.empty(len(slots), *kind.key_shape, dtype=kind.dtype)
         value = torch.empty(len(slots), *kind.value_shape, dtype=kind.dtype)
         bad = segment_read(bucket.rows[layer], bucket.checks[layer], slots, key.flatten(1), value.flatten(1))
         if bad >= 0:
             absent = int(bucket.checks[layer, int(slots[bad])]) == 0
-            self._count_unusable(absent=absent)
+            self.count_unusable(absent=absent)
             return None
         return LayerRows(positions, key, value)
