@@ -34,6 +34,7 @@ DeepSeek latent attention, a dense first layer, shared experts and grouped top-k
 LONG_TOKENS = 1_500
 FLAGS = ("--max-num-batched-tokens=512", "--max-model-len=2048")
 OUTPUT_TOKENS = 24
+ROUNDS_MAX = 4
 REQUESTS = 10
 REFERENCE_TOKENS = 200
 DISTANCE_MAX = {"bfloat16": 0.02, "float16": 0.002, "float32": 1e-5}
@@ -70,10 +71,22 @@ def test_the_same_tokens_alone_in_company_elsewhere_and_after_deaths(
 def assert_nobody_notices_deaths(
     cluster: Cluster, model: str, bodies: list[dict[str, Any]], wanted: list[Reading]
 ) -> None:
-    """One attention worker is killed in the middle of the streams, and one expert worker after it.
+    """Workers are killed until a request has gone on from its checkpoint; mostly once.
 
-    Not by request: models as small as these would be through before it is answered.
+    Models as small as these may be through with all the streams of a worker, or with none of their prompts,
+    at whatever moment a busy reader has it killed.
     """
+    for _ in range(ROUNDS_MAX):
+        assert_nobody_notices_two_deaths(cluster, model, bodies, wanted)
+        if fresh(cluster, "aw-1")["aw-1"]["restored_requests"] > 0:
+            return
+    raise AssertionError("nothing went on from a checkpoint")
+
+
+def assert_nobody_notices_two_deaths(
+    cluster: Cluster, model: str, bodies: list[dict[str, Any]], wanted: list[Reading]
+) -> None:
+    """One attention worker is killed while the streams run, and one expert worker after it."""
     tokens = len(bodies) * OUTPUT_TOKENS
     pids = cluster.pids()
     faults = [
@@ -89,5 +102,4 @@ def assert_nobody_notices_deaths(
     for fault in faults:
         fault.join()
     assert_same([str(number) for number in range(len(bodies))], got, wanted)
-    assert fresh(cluster, "aw-1")["aw-1"]["restored_requests"] > 0, "nothing came from a checkpoint"
     replaced(cluster, pids, "aw-0", "ew-0")
