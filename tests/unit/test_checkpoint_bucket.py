@@ -90,7 +90,7 @@ def test_committed_rows_come_back_bit_for_bit(worker: Worker, reader: Restorer) 
     source = found(reader)
     assert source is not None
     assert source.record.positions == 10
-    rows = reader.read(source, 2, 10, KINDS)
+    rows = reader.read(source, [2], 10, KINDS)
     assert rows is not None
     for layer, taken in enumerate(rows):
         assert taken.positions.tolist() == list(range(2, 10))
@@ -214,9 +214,10 @@ def test_a_living_worker_is_not_fenced(worker: Worker, reader: Restorer) -> None
     assert source is not None
     worker.writer.check_seal()
     worker.commit("other", 1, 3)
-    assert reader.read(source, 0, 6, KINDS) is not None, "others go on, and its own record stands"
+    assert reader.read(source, [0], 6, KINDS) is not None, "others go on, and its own record stands"
     worker.commit("r", 0, 6)
-    assert reader.read(source, 0, 6, KINDS) is None, "it has not held: what was read may be of two steps"
+    assert reader.read(source, [0], 6, KINDS) is None, "it has not held: what was read may be of two steps"
+    assert (reader.counters.restore_changed, reader.counters.restore_corrupt) == (1, 0)
 
 
 def test_a_released_record_is_gone(worker: Worker, reader: Restorer) -> None:
@@ -281,8 +282,8 @@ def test_a_flipped_byte_in_a_row_is_found(worker: Worker, reader: Restorer) -> N
     bucket.rows[1, 5 * 4 + 2, 17] ^= 1
     source = found(reader)
     assert source is not None
-    assert reader.read(source, 0, 2, KINDS) is not None, "the damage lies beyond"
-    assert reader.read(source, 0, 6, KINDS) is None
+    assert reader.read(source, [0], 2, KINDS) is not None, "the damage lies beyond"
+    assert reader.read(source, [0], 6, KINDS) is None
     assert reader.counters.restore_corrupt == 1
 
 
@@ -302,7 +303,7 @@ def test_rows_from_before_the_bucket_are_known_to_be_missing(worker: Worker, rea
     worker.commit("r", 0, 6)
     source = found(reader)
     assert source is not None
-    assert reader.read(source, 0, 6, KINDS) is None
+    assert reader.read(source, [0], 6, KINDS) is None
     assert reader.counters.restore_incomplete == 1
     assert reader.counters.restore_corrupt == 0
 
@@ -313,7 +314,7 @@ def test_a_writer_that_wakes_while_its_rows_are_read_is_noticed(worker: Worker, 
     source = found(reader)
     assert source is not None
     worker.writer.release(["r"])  # it takes its record back before it overwrites anything
-    assert reader.read(source, 0, 6, KINDS) is None
+    assert reader.read(source, [0], 6, KINDS) is None
 
 
 def test_another_fingerprint_is_not_read(worker: Worker) -> None:
@@ -330,10 +331,10 @@ def test_blocks_that_a_window_has_passed_are_left_out(worker: Worker, reader: Re
     worker.commit("r", 0, 10)
     source = found(reader)
     assert source is not None
-    rows = reader.read(source, 0, 10, KINDS, first_held=(4,))
+    rows = reader.read(source, [4], 10, KINDS)
     assert rows is not None
     assert rows[0].positions.tolist() == list(range(4, 10))
-    assert reader.read(source, 0, 10, KINDS) is None, "block 0 is no block"
+    assert reader.read(source, [0], 10, KINDS) is None, "block 0 is no block"
     assert reader.counters.restore_incomplete == 1
 
 
@@ -363,7 +364,7 @@ def test_copied_blocks_are_copied(worker: Worker, reader: Restorer) -> None:
     worker.commit("twin", 1, 8)
     source = found(reader, "twin")
     assert source is not None
-    rows = reader.read(source, 0, 8, KINDS)
+    rows = reader.read(source, [0], 8, KINDS)
     assert rows is not None
     assert torch.equal(rows[2].key[1], worker.rows[2, 5 * 4 + 1][0])
 
@@ -427,7 +428,7 @@ def test_any_history_restores_exactly_what_was_committed(data: st.DataObject) ->
         row, positions = live[name]
         assert source is not None
         assert source.record.positions == positions
-        rows = reader.read(source, 0, positions, KINDS)
+        rows = reader.read(source, [0], positions, KINDS)
         assert rows is not None
         slots = np.array(
             [int(worker.tables[row, p // 4]) * 4 + p % 4 for p in range(positions)], dtype=np.int64

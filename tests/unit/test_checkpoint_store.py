@@ -363,6 +363,7 @@ def test_the_store_serves_without_an_orchestrator(make_host: Callable[..., Host]
 def test_strangers_and_malformed_words_hurt_nobody(make_host: Callable[..., Host]) -> None:
     host = make_host()
     one = host.client("aw-0", 1).connected()
+    before = host.counter("frames_malformed")  # of this whole process
     with pytest.raises(HandshakeError):
         host.dial(secret=b"x" * 32)
     for raw in (
@@ -386,7 +387,7 @@ def test_strangers_and_malformed_words_hurt_nobody(make_host: Callable[..., Host
     assert host.counter("buckets") == 2
     assert host.counter("connections_refused") == 2, "without the secret; a first frame that is too long"
     assert host.counter("clients_refused") == 8
-    assert host.counter("frames_malformed") == 0, "its orchestrator has done nothing wrong"
+    assert host.counter("frames_malformed") == before, "its orchestrator has done nothing wrong"
 
 
 def test_one_connection_has_one_incarnation(make_host: Callable[..., Host]) -> None:

@@ -168,3 +168,9 @@ def test_what_a_window_of_the_writer_has_passed_is_not_read(
     engine.window = 5  # with 8 to 10 positions computed the first block is passed, with 7 it is not
     wanted = POSITIONS - unsent
     assert engine.matched("r", tokens=wanted + 1) == (wanted if restored else 0)
+    assert engine.restorer.counters.restore_incomplete == (not restored)
+
+
+def test_what_the_cache_has_got_is_not_missed_beyond_a_window(engine: Engine) -> None:
+    engine.window = 5
+    assert engine.matched("r", computed=4, tokens=8) == 3, "its first block would be wanted of the writer"

@@ -88,20 +88,25 @@ def install() -> None:
 
 
 def cached_layers(runner: Any) -> list[CachedLayer]:
-    """The layers of vLLM's model runner that write a KV cache, in the order of its cache groups.
+    """The layers of vLLM's model runner that write a KV cache, in the order in which they run.
 
     Returns nothing for a model that keeps state of another kind as well (Mamba and its like): part of a
     request's state is of no use.
     """
     layers: list[CachedLayer] = []
-    context = runner.compilation_config.static_forward_context
-    for group, spec in enumerate(runner.kv_cache_config.kv_cache_groups):
-        for name in spec.layer_names:
-            layer = _cached_layer(context[name], group, runner.dtype)
-            if layer is None:
-                return []
-            if getattr(context[name].impl, "kv_sharing_target_layer_name", None) is None:
-                layers.append(layer)
+    groups = {
+        name: group
+        for group, spec in enumerate(runner.kv_cache_config.kv_cache_groups)
+        for name in spec.layer_names
+    }
+    for name, module in runner.compilation_config.static_forward_context.items():
+        if name not in groups:
+            continue
+        layer = _cached_layer(module, groups[name], runner.dtype)
+        if layer is None:
+            return []
+        if getattr(module.impl, "kv_sharing_target_layer_name", None) is None:
+            layers.append(layer)
     return layers
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
-from tarragon.attention import capture
+from tarragon.attention import capture, windows
 from tarragon.attention.baseline import Snapshot
 from tarragon.attention.comparison import Comparison
 from tarragon.attention.reprotect import Reprotector
 from tarragon.attention.resume import Resumer, Seat
-from tarragon.attention.windows import first_held
 from tarragon.boot import Boot
 from tarragon.checkpoint.bucket import Bucket
 from tarragon.checkpoint.client import StoreClient
@@ -39,11 +38,11 @@ class Checkpoints:
         self._scheduler, self._runner, self._attempts = engine.scheduler, runner, attempts
         self.writer = Checkpointer()
         self.restorer = Restorer(fingerprint)
-        self.layers = capture.watch(runner, self.writer)
+        self.layers = capture.watch(runner, self.writer) if windows.are_known(self._scheduler) else []
         groups = runner.kv_cache_config.kv_cache_groups
         self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
         exact = not runner.model_config.use_mla
-        held = first_held(self._scheduler)
+        held = windows.first_held(self._scheduler)
         self.seat = Seat(self.restorer, self.layers, self._block_sizes, held, prompts_may_be_cut=exact)
         self.resumer = Resumer(engine, runner, self.seat)
         self._scheduler.connector = self.seat
@@ -57,7 +56,7 @@ class Checkpoints:
         self._snapshot = Snapshot(runner)
         self._steps = 0
         if not self.layers:
-            print("no checkpoints: the model keeps state that is no KV cache", file=sys.stderr)
+            print("no checkpoints: the model keeps state that is no plain KV cache", file=sys.stderr)
             return
         self._shape = capture.bucket_shape(runner, self.layers, fingerprint)
         self.client = StoreClient(
@@ -162,6 +161,8 @@ class Checkpoints:
         capture.Capture.noted = writer.begin_step(tokens)
         writer.check_seal()
         writer.release(scheduler_output.finished_req_ids)
+        # One may go on in the same step, in blocks of its own that are in another order now.
+        writer.release(scheduler_output.preempted_req_ids or ())
         scheduled, live = scheduler_output.num_scheduled_tokens, self._scheduler.requests
         writer.release(
             [

@@ -165,15 +165,16 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         return rows
 
     def _rows(self, source: Source, start: int, stop: int) -> list[LayerRows] | None:
-        """Not usable if the writer's windows have moved beyond what position ``stop`` attends to.
+        """None also if the writer's windows have moved beyond what position ``stop`` attends to.
 
-        A step of theirs was under way perhaps, and a block that it gives back may have other rows by now.
+        A step of it was under way perhaps, and a block that it gave back may have other rows by now.
         """
-        held = self._first_held(stop)
-        if held != self._first_held(source.record.positions):
+        wanted = [max(start, first) for first in self._first_held(stop)]
+        there = self._first_held(source.record.positions)
+        if any(first < held for first, held in zip(wanted, there, strict=True)):
             self._restorer.count_unusable(absent=True)
             return None
-        return self._restorer.read(source, start, stop, self._kinds, held)
+        return self._restorer.read(source, wanted, stop, self._kinds)
 
     def _committed_since(self, request_id: str, source: Source, origins: Sequence[Origin]) -> Source | None:
         """A newer commit of a living worker, which may have ended a step before it learned to hold."""

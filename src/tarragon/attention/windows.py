@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
+
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    FullAttentionManager,
+    SlidingWindowManager,
+)
 
 FirstHeld = Callable[[int], tuple[int, ...]]
 """Positions that are computed -> per cache group, the first one whose block has not been given back."""
 
+_KNOWN: Final = {FullAttentionManager, SlidingWindowManager, ChunkedLocalAttentionManager}
+"""Not those derived from them: they may give back what they do not say."""
+
+
+def are_known(scheduler: Any) -> bool:
+    """Whether ``first_held`` is true of all cache groups of vLLM's scheduler."""
+    return all(type(manager) in _KNOWN for manager in _managers(scheduler))
+
 
 def first_held(scheduler: Any) -> FirstHeld:
     """For vLLM's scheduler. Groups with a sliding window give whole blocks back, the others hold all."""
-    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    managers = _managers(scheduler)
 
     def of(positions: int) -> tuple[int, ...]:
         return tuple(
@@ -20,3 +34,7 @@ def first_held(scheduler: Any) -> FirstHeld:
         )
 
     return of
+
+
+def _managers(scheduler: Any) -> tuple[Any, ...]:
+    return tuple(scheduler.kv_cache_manager.coordinator.single_type_managers)

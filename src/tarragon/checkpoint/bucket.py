@@ -113,7 +113,7 @@ class Committed(NamedTuple):
     attempt: int
     positions: int
     blocks: tuple[np.ndarray, ...]
-    """Per cache group int32 [blocks in use]."""
+    """Per cache group int32 [blocks]; those that a sliding window has passed are another's by now."""
 
 
 class Bucket:
@@ -170,7 +170,8 @@ class Bucket:
         return bool(self._seal[0])
 
     def seal(self) -> None:
-        """Fence the writer: it looks before it overwrites anything that a record names."""
+        """Fence the writer: it looks before it overwrites anything that a record names, but for blocks that a
+        sliding window has passed."""
         self._seal[0] = 1
 
     # ------------------------------------------------------------------ records

@@ -63,9 +63,12 @@ class RestoreCounters(Counters):
         self.restore_misses = 0
         """Requests that came from elsewhere without a usable commit: computed anew."""
         self.restore_incomplete = 0
-        """Commits whose rows are not all there: written while the worker had no bucket."""
+        """Commits whose rows are not all there: written while the worker had no bucket, or given back by a
+        sliding window."""
+        self.restore_changed = 0
+        """Commits that changed while they were read: a newer one is read, if there is one."""
         self.restore_corrupt = 0
-        """Records or rows with a wrong checksum, or changed while they were read."""
+        """Records or rows with a wrong checksum."""
 
 
 class Restorer:
@@ -140,29 +143,24 @@ class Restorer:
         return best
 
     def read(
-        self,
-        source: Source,
-        start: int,
-        stop: int,
-        kinds: Sequence[RowKind],
-        first_held: Sequence[int] = (),
+        self, source: Source, starts: Sequence[int], stop: int, kinds: Sequence[RowKind]
     ) -> list[LayerRows] | None:
-        """The rows of positions [start, stop) of every layer, or None if any is absent or damaged.
+        """The rows of every layer up to position ``stop``, or None if any is absent or damaged.
 
         Args:
+            starts: per cache group, its first position that is wanted. A sliding window has passed those
+                before it, and their blocks may hold other rows by now.
             kinds: per layer.
-            first_held: per cache group, the first position of which anything is wanted: a sliding window has
-                passed the others, and their blocks may hold other rows by now. Nothing: all are wanted.
         """
         rows = []
         for layer, kind in enumerate(kinds):
-            first = max(start, first_held[kind.group]) if first_held else start
-            taken = self._read_layer(source, layer, kind, first, stop)
+            taken = self._read_layer(source, layer, kind, starts[kind.group], stop)
             if taken is None:
                 return None
             rows.append(taken)
         if not source.bucket.unchanged(source.record):
-            self.count_unusable(absent=False)
+            with self._lock:
+                self.counters.restore_changed += 1
             return None
         return rows
 

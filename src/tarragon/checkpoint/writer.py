@@ -146,7 +146,7 @@ class Checkpointer:
     # ------------------------------------------------------------------ records
 
     def release(self, request_ids: Collection[str]) -> None:
-        """These requests hold their blocks no longer; must come before anything overwrites them."""
+        """These requests hold no block any longer; must come before anything overwrites theirs."""
         for request_id in request_ids:
             index = self._records.pop(request_id, None)
             if index is not None and self.bucket is not None:
