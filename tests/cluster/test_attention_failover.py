@@ -105,8 +105,8 @@ def test_a_stopped_attention_worker_that_wakes_does_no_harm(
     """It wakes with its old requests while others run them, and mostly nobody but itself ends it then.
 
     The orchestrator would have it ended: so that one is stopped too. The gateway needs no orchestrator to see
-    that a worker hangs. If the expert workers have given it up by then (a slow machine), it waits for them in
-    the middle of its step and finds nothing out, until a new orchestrator has it ended.
+    that a worker hangs. Once, on a slow machine, it stayed in the middle of its step (waiting for expert
+    workers that had given it up, presumably) and found nothing out, until a new orchestrator had it ended.
     """
     bodies, wanted = undisturbed.of_every_kind(cluster, model_name)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
