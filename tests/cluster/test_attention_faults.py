@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_found_and_computed_anew(
                 # Every written row of the last layers is hit; what was never written stays empty.
                 bytes_hit = np.frombuffer(memory, dtype=np.uint8)[len(memory) // 2 :: 512]
                 bytes_hit[bytes_hit != 0] ^= 1
-                del bytes_hit
+                del bytes_hit  # memory with a view cannot be unmapped
             os.close(fd)
         cluster.kill("aw-0")
 

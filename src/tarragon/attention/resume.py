@@ -159,28 +159,30 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         """Read and check positions [start, stop), beside the engine; None if they are of no use."""
         begin = time.perf_counter()
         rows = self._rows(expected.source, start, stop)
-        if rows is None and (newer := self._committed_since(request_id, *expected)) is not None:
+        if rows is None and (newer := self._committed_since(request_id, expected)) is not None:
             rows = self._rows(newer, start, stop)
         self._restorer.spent(time.perf_counter() - begin)
         return rows
 
     def _rows(self, source: Source, start: int, stop: int) -> list[LayerRows] | None:
-        """None also if the writer's windows have moved beyond what position ``stop`` attends to.
+        """Those of positions [start, stop) that position ``stop`` attends to.
 
-        A step of it was under way perhaps, and a block that it gave back may have other rows by now.
+        None also if the writer's sliding window has moved beyond one of them: a step was perhaps under way,
+        and a block that it gave back may have other rows by now.
         """
-        wanted = [max(start, first) for first in self._first_held(stop)]
-        there = self._first_held(source.record.positions)
-        if any(first < held for first, held in zip(wanted, there, strict=True)):
+        starts = [max(start, first) for first in self._first_held(stop)]
+        left = self._first_held(source.record.positions)
+        if any(first < held for first, held in zip(starts, left, strict=True)):
             self._restorer.count_unusable(absent=True)
             return None
-        return self._restorer.read(source, wanted, stop, self._kinds)
+        return self._restorer.read(source, starts, stop, self._kinds)
 
-    def _committed_since(self, request_id: str, source: Source, origins: Sequence[Origin]) -> Source | None:
+    def _committed_since(self, request_id: str, expected: Expected) -> Source | None:
         """A newer commit of a living worker, which may have ended a step before it learned to hold."""
+        source = expected.source
         if source.bucket.unchanged(source.record):
             return None
-        newer = self._restorer.find(request_id, origins)
+        newer = self._restorer.find(request_id, expected.origins)
         if newer is None or newer.record.positions < source.record.positions:
             return None
         return newer

@@ -27,13 +27,13 @@ def first_held(scheduler: Any) -> FirstHeld:
     """For vLLM's scheduler. Groups with a sliding window give whole blocks back, the others hold all."""
     managers = _managers(scheduler)
 
-    def of(positions: int) -> tuple[int, ...]:
+    def after(positions: int) -> tuple[int, ...]:
         return tuple(
             manager.get_num_skipped_tokens(positions) // manager.block_size * manager.block_size
             for manager in managers
         )
 
-    return of
+    return after
 
 
 def _managers(scheduler: Any) -> tuple[Any, ...]:

@@ -145,7 +145,7 @@ class Restorer:
     def read(
         self, source: Source, starts: Sequence[int], stop: int, kinds: Sequence[RowKind]
     ) -> list[LayerRows] | None:
-        """The rows of every layer up to position ``stop``, or None if any is absent or damaged.
+        """The rows of every layer before position ``stop``, or None if any is absent, damaged or has changed.
 
         Args:
             starts: per cache group, its first position that is wanted. A sliding window has passed those

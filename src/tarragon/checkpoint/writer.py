@@ -29,7 +29,8 @@ class Fenced(RuntimeError):
 
 
 Segment = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
-"""New rows of one layer: the layer, key and value [T, ...], and their slots, int64 [S], S <= T."""
+"""New rows of one layer: its place in the order in which layers run, key and value [T, ...], and their slots,
+int64 [S], S <= T."""
 
 
 class Scheduled(NamedTuple):
@@ -106,8 +107,8 @@ class Checkpointer:
         pending = self._pending
         if not pending or self.bucket is None:
             return
-        layer = pending[-1][0]
-        if len(pending) >= self._per_write or layer == self.bucket.shape.layers - 1:
+        latest = pending[-1][0]
+        if len(pending) >= self._per_write or latest == self.bucket.shape.layers - 1:
             self.flush()
 
     def flush(self) -> None:
