@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tarragon.config import Config
+from tarragon.messages import FailpointEffect
 from tarragon.security.keys import admin_keys
 from tarragon.security.tls import client_context
 
@@ -83,9 +84,11 @@ class AdminClient:
         body = {"probing": probing, "shadow_replicas": shadow_replicas}
         return self.request("POST", "/protection", body)
 
-    def inject(self, worker_id: str, failpoint: str, after: int = 1) -> dict[str, Any]:
-        """Have a worker die at a named place; raises AdminError."""
-        body = {"worker_id": worker_id, "failpoint": failpoint, "after": after}
+    def inject(
+        self, worker_id: str, failpoint: str, after: int = 1, effect: FailpointEffect = "die"
+    ) -> dict[str, Any]:
+        """Have a worker die or hang at a named place; raises AdminError."""
+        body = {"worker_id": worker_id, "failpoint": failpoint, "after": after, "effect": effect}
         return self.request("POST", "/fault_tolerance/inject", body)
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Places at which a worker can be told to die, for tests of what is hard to hit by chance.
+"""Places at which a worker can be told to die or to hang, for tests of what is hard to hit by chance.
 
 Off unless the cluster was started with ``failpoints``. A worker is armed at run time by wrapping the one
 method that passes the place: one that is not armed runs not a single instruction more.
@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, Final
+
+from tarragon.messages import Failpoint
 
 ATTENTION: Final = (
     "prefill",
@@ -27,21 +30,31 @@ NAMES: Final = {"attention": ATTENTION, "expert": EXPERT}
 
 
 class Countdown:
-    """Calls ``die`` at the ``after``-th hit, once."""
+    """Calls ``effect`` with the order's name at the ``after``-th hit, once."""
 
-    def __init__(self, name: str, after: int, die: Callable[[str], None] | None = None) -> None:
-        self._name, self._left, self._die = name, after, die or kill_self
+    def __init__(self, order: Failpoint, effect: Callable[[str], None] | None = None) -> None:
+        self._name, self._left = order.name, order.after
+        self._effect = effect or _EFFECTS[order.effect]
 
     def hit(self) -> None:
         self._left -= 1
         if self._left == 0:
-            self._die(self._name)
+            self._effect(self._name)
 
 
 def kill_self(name: str) -> None:
     """End this process as a crash would: nothing is flushed, closed or said good-bye to."""
     print(f"failpoint {name} reached", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(name: str) -> None:
+    """Wedge this thread for good; the others go on, and answer probes."""
+    print(f"failpoint {name} reached", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+
+_EFFECTS: Final[dict[str, Callable[[str], None]]] = {"die": kill_self, "hang": hang}
 
 
 def wrap(

@@ -258,12 +258,16 @@ class Probing(Message, frozen=True):
     enabled: bool
 
 
+FailpointEffect = Literal["die", "hang"]
+
+
 class Failpoint(Message, frozen=True):
-    """For attention and expert workers: die by SIGKILL at the named place; see ``failpoints``."""
+    """For attention and expert workers: die by SIGKILL, or hang, at the named place; see ``failpoints``."""
 
     name: str
     after: int = 1
     """The how manieth time that the place is reached from now on."""
+    effect: FailpointEffect = "die"
 
 
 class Stop(Message, frozen=True):

@@ -82,6 +82,17 @@ def worker(cluster: Cluster, worker_id: str) -> dict[str, Any]:
     return next(entry for entry in cluster.status()["workers"] if entry["id"] == worker_id)
 
 
+def noted(cluster: Cluster) -> list[dict[str, Any]]:
+    """What the orchestrator has noted, oldest first."""
+    reply = httpx.get(f"{cluster.admin_url}/events", params={"limit": 1_000}, timeout=REPORTED_S)
+    return list(reply.json()["events"])
+
+
+def events(cluster: Cluster, worker_id: str, kind: str) -> list[str]:
+    """The texts of one kind about one worker."""
+    return [e["text"] for e in noted(cluster) if (e["worker_id"], e["kind"]) == (worker_id, kind)]
+
+
 def metric(url: str, sample_name: str, **labels: str) -> float:
     """Sum of the samples of that name that have these labels, on /metrics of the listener at ``url``."""
     reply = httpx.get(f"{url}/metrics", timeout=REPORTED_S)

@@ -102,11 +102,10 @@ def test_requests_are_restored_from_the_checkpoint(
 def test_a_stopped_attention_worker_that_wakes_does_no_harm(
     cluster: Cluster, model_name: str, undisturbed: Undisturbed
 ) -> None:
-    """It wakes with its old requests while others run them, and mostly nobody but itself ends it then.
+    """It wakes with its old requests while others run them, and nobody but itself ends it then.
 
     The orchestrator would have it ended: so that one is stopped too. The gateway needs no orchestrator to see
-    that a worker hangs. Once, on a slow machine, it stayed in the middle of its step (waiting for expert
-    workers that had given it up, presumably) and found nothing out, until a new orchestrator had it ended.
+    that a worker hangs.
     """
     bodies, wanted = undisturbed.of_every_kind(cluster, model_name)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
@@ -125,8 +124,7 @@ def test_a_stopped_attention_worker_that_wakes_does_no_harm(
     fault.join()
     assert_same(bodies, got, wanted)
     replaced(cluster, pids, "aw-0")
-    logs = cluster.logs()[said:]
-    assert "attention worker: fenced" in logs or "is started again as generation" in logs
+    assert "attention worker: fenced" in cluster.logs()[said:]
 
 
 def test_both_roles_at_once(cluster: Cluster, model_name: str, undisturbed: Undisturbed) -> None:

@@ -10,12 +10,10 @@ import pytest
 from tests.cluster.observe import fresh, replaced, until
 from tests.pool import Clusters, resize
 from tests.undisturbed import Undisturbed
-from tests.workload import SMALL_LAYERS, Answer, ask, differing, mixed_requests
+from tests.workload import Answer, ask, differing, mixed_requests
 
 from tarragon.cluster import Cluster
 from tarragon.config import Config
-from tarragon.models.demo import ensure_demo_model
-from tarragon.models.shape import read_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -79,31 +77,3 @@ def _wait_until_it_works(cluster: Cluster, worker_id: str, before: dict[str, flo
             return
         assert time.monotonic() < deadline_s, "the load never reached the victim"
         time.sleep(0.02)
-
-
-def test_a_budget_that_covers_half_of_the_experts(
-    clusters: Clusters, model_name: str, undisturbed: Undisturbed
-) -> None:
-    """Shadows for the most used; an uncovered expert is loaded by a survivor while its rows wait (5.3)."""
-    shape = read_model(ensure_demo_model(layers=SMALL_LAYERS))
-    primaries = shape.experts_total * shape.expert_bytes // 3
-    tight = clusters.get(2, 3, expert_memory_bytes_max=int(1.55 * primaries))
-    bodies = mixed_requests(8, seed=6, vocabulary=40_000, long_tokens=200, output_tokens=64)
-    wanted = undisturbed.answers(tight, model_name, bodies)
-    experts = tight.wait_for("full_capacity", 120)["experts"]
-    assert 0 < experts["with_shadow"] < experts["total"], experts
-    pids = tight.pids()
-    before = fresh(tight, "ew-1")["ew-1"]
-
-    disturbed: list[Answer] = []
-    reader = threading.Thread(
-        target=lambda: disturbed.extend(ask(tight.url, model_name, bodies, concurrency=8))
-    )
-    reader.start()
-    _wait_until_it_works(tight, "ew-1", before)
-    tight.kill("ew-1")
-    reader.join(timeout=180)
-
-    assert not reader.is_alive()
-    assert differing(disturbed, wanted) == []
-    assert replaced(tight, pids, "ew-1")["experts"]["unreachable"] == 0

@@ -1,4 +1,4 @@
-"""Expert workers that hang, are cut off, die in a row, or are the last: streams go on, or fail clearly."""
+"""Expert workers that hang, are cut off, leave, die in a row or last: streams go on, or fail clearly."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
-from tests.cluster.observe import fresh, is_gone, replaced, until, worker
+from tests.cluster.observe import events, fresh, is_gone, noted, replaced, until, worker
 from tests.pool import Clusters
 from tests.undisturbed import Undisturbed
 from tests.workload import Answer, ask, differing, mixed_requests
@@ -39,23 +38,15 @@ def wanted(cluster: Cluster, model_name: str, undisturbed: Undisturbed) -> list[
     return undisturbed.answers(cluster, model_name, BODIES)
 
 
-def noted(cluster: Cluster) -> list[dict[str, Any]]:
-    """What the orchestrator has noted, oldest first."""
-    reply = httpx.get(f"{cluster.admin_url}/events", params={"limit": 1_000}, timeout=30)
-    return list(reply.json()["events"])
-
-
-def events(cluster: Cluster, worker_id: str, kind: str) -> list[str]:
-    """The texts of one kind about one worker."""
-    return [e["text"] for e in noted(cluster) if (e["worker_id"], e["kind"]) == (worker_id, kind)]
-
-
 @contextlib.contextmanager
-def under_load(cluster: Cluster, model_name: str, worker_id: str) -> Iterator[list[Answer]]:
-    """BODIES run beside the block, which begins when the worker computes for them."""
+def under_load(
+    cluster: Cluster, model_name: str, worker_id: str, *, times: int = 1
+) -> Iterator[list[Answer]]:
+    """BODIES, so many times, run beside the block, which begins when the worker computes for them."""
     answers: list[Answer] = []
     reader = threading.Thread(
-        target=lambda: answers.extend(ask(cluster.url, model_name, BODIES, concurrency=8)), daemon=True
+        target=lambda: answers.extend(ask(cluster.url, model_name, BODIES * times, concurrency=8)),
+        daemon=True,
     )
     before = fresh(cluster, worker_id)[worker_id]["batches"]  # all of older load
     reader.start()
@@ -157,6 +148,40 @@ def test_one_that_hangs_without_traffic_is_found_and_replaced(cluster: Cluster, 
     cluster.kill(victim, "SIGSTOP")
     until("nobody noticed", lambda: worker(cluster, victim)["epoch"] > before["epoch"], 10)
     until("the old process is still there", lambda: is_gone(int(before["pid"])), 15)
+
+
+def test_an_expert_worker_that_is_drained_changes_no_stream_and_nothing_is_replayed(
+    cluster: Cluster, model_name: str, wanted: list[Answer]
+) -> None:
+    cluster.wait_for("full_capacity", 120)
+    before = fresh(cluster, "aw-0", "aw-1")
+    dead = events(cluster, "ew-2", "dead")
+    with under_load(cluster, model_name, "ew-2", times=2) as answers:
+        cluster.drain("ew-2")
+        until("it does not leave", lambda: all(w["id"] != "ew-2" for w in cluster.status()["workers"]))
+        assert not answers, "the streams ended before it had left"
+    assert differing(answers, wanted * 2) == []
+    assert events(cluster, "ew-2", "dead") == dead
+    after = fresh(cluster, "aw-0", "aw-1")
+    replayed = {name: after[name]["replayed_pairs"] - before[name]["replayed_pairs"] for name in after}
+    assert replayed == {"aw-0": 0, "aw-1": 0}
+
+
+def test_the_only_expert_worker_dies_and_its_requests_wait_for_the_next(
+    clusters: Clusters, model_name: str, undisturbed: Undisturbed
+) -> None:
+    """The last replica of every expert is gone: all are loaded anew, from cold, while the streams wait."""
+    alone = clusters.get(2, 1)
+    wanted = undisturbed.answers(alone, model_name, BODIES)
+    pids = alone.pids()
+    with under_load(alone, model_name, "ew-0") as answers:
+        alone.kill("ew-0")
+        until("it was not replaced", lambda: worker(alone, "ew-0")["pid"] != pids["ew-0"])
+    assert differing(answers, wanted) == []
+    after = replaced(alone, pids, "ew-0")
+    assert {w["id"]: w["pid"] for w in after["workers"] if w["role"] == "attention"} == {
+        name: pid for name, pid in pids.items() if name.startswith("aw-")
+    }, "an attention worker died of it"
 
 
 def test_the_last_replica_lost_is_a_503_after_the_limit_and_later_requests_are_served(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.cluster.observe import replaced
+from tests.cluster.observe import events, replaced
 from tests.cluster.test_attention_failover import FULL_CAPACITY_S, assert_same
 from tests.pool import Clusters
 from tests.streams import kinds, read_all
@@ -13,6 +13,9 @@ from tarragon.admin import AdminError
 from tarragon.cluster import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+STUCK_MS = 2_000.0
+"""Longer than any batch or step here takes, and a fifth of the default: the test waits for it."""
 
 
 @pytest.fixture
@@ -47,6 +50,28 @@ def test_a_death_at_a_named_place_changes_no_stream(
     armed.wait_for("full_capacity", FULL_CAPACITY_S)
     assert armed.pids()[victim] != pid, "the fault did not happen"
     assert f"failpoint {failpoint} reached" in armed.logs()
+
+
+@pytest.mark.parametrize(
+    ("victim", "failpoint", "after"), [("ew-1", "before-batch", 100), ("aw-0", "mid-layer", 9)]
+)
+def test_a_wedged_thread_is_found_though_its_worker_answers_probes(
+    clusters: Clusters, model_name: str, undisturbed: Undisturbed, victim: str, failpoint: str, after: int
+) -> None:
+    limits = {"expert_batch_ms_max": STUCK_MS, "attention_step_ms_max": STUCK_MS}
+    cluster = clusters.get(2, 2, failpoints=True, **limits)
+    bodies, wanted = undisturbed.of_every_kind(cluster, model_name)
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    pids = cluster.pids()
+    cluster.admin.inject(victim, failpoint, after, "hang")
+
+    got = read_all(cluster.url, model_name, list(bodies.values()))
+
+    assert_same(bodies, got, wanted)
+    replaced(cluster, pids, victim)
+    assert f"failpoint {failpoint} reached" in cluster.logs()
+    causes = events(cluster, victim, "dead")
+    assert any("no progress" in cause for cause in causes), causes
 
 
 LAST = 10

@@ -689,6 +689,8 @@ def test_draining_an_expert_worker_moves_its_experts_before_it_stops() -> None:
     cluster.check_complete()
     assert sorted(recovery.membership.workers) == ["aw-0", "aw-1", "ew-0", "ew-2", "gateway", "store"]
     assert not cluster.starts
+    kinds = [note.kind for note in cluster.notes if note.worker_id == "ew-1"]
+    assert "dead" not in kinds[kinds.index("draining") :], "nobody is alarmed by what was asked for"
 
 
 def test_a_planned_move_never_lowers_the_number_of_copies() -> None:

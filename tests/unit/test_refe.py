@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import torch
 
+from tarragon.checkpoint.writer import Fenced
 from tarragon.config import Config
 from tarragon.messages import (
     DATA_FRAME_BYTES,
@@ -489,6 +490,26 @@ def test_the_last_replica_lost_fails_the_step_and_no_later_one() -> None:
         refe.post(table([fresh], version=2))
         refe.post(fresh.new)
         layer(refe)
+
+
+def test_what_is_asked_while_no_expert_can_be_reached_may_end_the_step() -> None:
+    """Those that are gone may have given this worker up: its bucket then says so."""
+    with group(1, msgspec.structs.replace(CONFIG, expert_unreachable_timeout_s=WAIT_S)) as (refe, workers, _):
+        asked = 0
+
+        def ask() -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 3:
+                raise Fenced("its requests were given to other workers")
+
+        refe.on_unreachable = ask
+        layer(refe)
+        assert asked == 0
+        workers[0].die()
+        with pytest.raises(Fenced):
+            layer(refe, 1)
+        assert refe.counters.steps_unreachable == 0
 
 
 def test_rows_wait_for_a_new_host_and_go_on_with_it() -> None:

@@ -145,6 +145,26 @@ def test_a_damaged_row_is_computed_anew(worker: Worker, engine: Engine) -> None:
     assert engine.matched("s") == POSITIONS
 
 
+def test_a_shorter_commit_is_taken_where_the_longest_is_of_no_use(worker: Worker, engine: Engine) -> None:
+    """After two deaths, that of the first worker may be damaged while that of the second stands."""
+    second = Worker()
+    second.tables[0, :2] = torch.tensor([3, 1])
+    second.write(0, 0, 6)
+    second.commit("r", 0, 6, attempt=2)
+    engine.restorer.add("aw-1", 9, second.fd)
+    engine.seat.expect("r", [*ORIGIN, Origin("aw-1", 9, 2)], has_begun=True)
+    bucket = worker.writer.bucket
+    assert bucket is not None
+    bucket.rows[1, 5 * 4 + 2, 17] ^= 1
+    engine.matched("r")
+    assert engine.matched("r") == 6
+    engine.allocate("r", (1, 3), 6)
+    engine.step()
+    assert torch.equal(engine.cache[0, 1 * 4], torch.stack(second.rows[0, 3 * 4]))
+    assert (engine.restorer.counters.restore_corrupt, engine.restorer.counters.restored_positions) == (1, 6)
+    second.close()
+
+
 def test_who_left_meanwhile_is_forgotten(engine: Engine) -> None:
     assert engine.matched("r") == POSITIONS
     engine.seat.forget("r")

@@ -1,4 +1,4 @@
-"""Where an attention worker can be told to die: in a layer, around the commit of a step, while restoring."""
+"""Where an attention worker can be told to die or hang: in a layer, around a commit, while it restores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Failpoints:
         self._refe, self._checkpoints, self._requests = refe, checkpoints, requests
 
     def arm(self, order: Failpoint) -> None:
-        countdown = Countdown(order.name, order.after)
+        countdown = Countdown(order)
 
         def delivered(outputs: dict[int, Any]) -> None:
             if any(step.outputs for step in outputs.values()):

@@ -42,7 +42,8 @@ class Load(NamedTuple):
 class Expected(NamedTuple):
     """A request from elsewhere, and where its committed rows lie."""
 
-    source: Source
+    sources: Sequence[Source]
+    """The longest first; the others are for when it is of no use."""
     origins: Sequence[Origin]
 
 
@@ -104,13 +105,13 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         """
         self.resumed[request_id] = Resumed()
         start = time.perf_counter()
-        source = self._restorer.find(request_id, origins) if self._layers else None
+        sources = self._restorer.find(request_id, origins) if self._layers else []
         self._restorer.spent(time.perf_counter() - start)
-        if source is None or not (has_begun or self._prompts_may_be_cut):
+        if not sources or not (has_begun or self._prompts_may_be_cut):
             self._restorer.counters.restore_misses += 1
             return 0
-        self._expected[request_id] = Expected(source, origins)
-        return source.record.positions
+        self._expected[request_id] = Expected(sources, origins)
+        return sources[0].record.positions
 
     def forget(self, request_id: str) -> None:
         self._expected.pop(request_id, None)
@@ -130,7 +131,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         expected = self._expected.get(request.request_id)
         if expected is None:
             return 0, False
-        stop = min(expected.source.record.positions, request.num_tokens - 1)
+        stop = min(expected.sources[0].record.positions, request.num_tokens - 1)
         if stop <= num_computed_tokens:
             return 0, False
         reading = self._readings.get(request.request_id)
@@ -140,14 +141,21 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         if not reading.job.done() or self._positions_left <= 0:
             return None, False
         if reading.job.result() is None:
-            print(
-                f"WARNING request {request.request_id}: its checkpoint is not usable: computed anew",
-                file=sys.stderr,
-            )
-            self.forget(request.request_id)
-            self.resumed[request.request_id] = Resumed(cached=num_computed_tokens)
-            return 0, False
+            return self._without_first(request, num_computed_tokens, expected)
         return stop - num_computed_tokens, False
+
+    def _without_first(
+        self, request: Any, num_computed_tokens: int, expected: Expected
+    ) -> tuple[int | None, bool]:
+        """The longest commit is of no use: go on with the next one, or compute the request anew."""
+        name = request.request_id
+        self.forget(name)
+        self.resumed[name] = Resumed(cached=num_computed_tokens)
+        if len(expected.sources) > 1:
+            self._expected[name] = Expected(expected.sources[1:], expected.origins)
+            return self.get_num_new_matched_tokens(request, num_computed_tokens)
+        print(f"WARNING request {name}: its checkpoint is not usable: computed anew", file=sys.stderr)
+        return 0, False
 
     def wait_for_rows(self, timeout_s: float) -> None:
         """The engine has nothing else to do: wait until rows are read, if any are being read."""
@@ -158,7 +166,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
     def _read(self, request_id: str, expected: Expected, start: int, stop: int) -> list[LayerRows] | None:
         """Read and check positions [start, stop), beside the engine; None if they are of no use."""
         begin = time.perf_counter()
-        rows = self._rows(expected.source, start, stop)
+        rows = self._rows(expected.sources[0], start, stop)
         if rows is None and (newer := self._committed_since(request_id, expected)) is not None:
             rows = self._rows(newer, start, stop)
         self._restorer.spent(time.perf_counter() - begin)
@@ -179,13 +187,13 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
 
     def _committed_since(self, request_id: str, expected: Expected) -> Source | None:
         """A newer commit of a living worker, which may have ended a step before it learned to hold."""
-        source = expected.source
+        source = expected.sources[0]
         if source.bucket.unchanged(source.record):
             return None
-        newer = self._restorer.find(request_id, expected.origins)
-        if newer is None or newer.record.positions < source.record.positions:
+        newest = self._restorer.find(request_id, expected.origins)
+        if not newest or newest[0].record.positions < source.record.positions:
             return None
-        return newer
+        return newest[0]
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         reading = self._readings.pop(request.request_id, None)

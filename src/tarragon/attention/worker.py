@@ -53,6 +53,7 @@ def main(boot: Boot) -> None:
     )
     AttentionModelRunner.checkpoints = checkpoints
     refe.on_gap = checkpoints.writer.use_gap
+    refe.on_unreachable = checkpoints.writer.check_seal
     refe.on_abandoned = checkpoints.writer.flush
     checkpoints.writer.traffic = refe.traffic
     control.counters = checkpoints.counters

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     options = output.parser("overhead", __doc__)
     options.add_argument("--concurrency", type=int, default=16)
     options.add_argument("--window-s", type=float, default=4.0, help="seconds of each side in a pair")
+    options.add_argument(
+        "--output-tokens", type=int, default=512, help="of each request: a new prompt is in one side's window"
+    )
     options.add_argument("--pairs", type=int, default=60)
     options.add_argument("--pairs-max", type=int, default=120, help="go on to so many while inconclusive")
     options.add_argument("--checkpoints", action="store_true", help="off is without checkpoints too")
@@ -71,7 +75,14 @@ def main(argv: list[str]) -> int:
 
 
 def _result(options: argparse.Namespace, model: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    names = ("attention_workers", "expert_workers", "concurrency", "window_s", "checkpoints")
+    names = (
+        "attention_workers",
+        "expert_workers",
+        "concurrency",
+        "window_s",
+        "output_tokens",
+        "checkpoints",
+    )
     settings = {"model": model.name, **{name: getattr(options, name) for name in names}}
     return output.result("overhead", settings, metrics)
 
@@ -80,7 +91,7 @@ async def _measure(options: argparse.Namespace, model: Path, cluster: Cluster, b
     windows: dict[str, list[Window]] = {side: [] for side in SIDES}
     switch = Switch(cluster, checkpoints=options.checkpoints)
     metrics: dict[str, Any] = {}
-    workload = random_workload(model)
+    workload = replace(random_workload(model), output_tokens=options.output_tokens)
     pids = [cluster.agent_pid, *cluster.pids().values()]
     async with EndlessLoad(cluster.url, model.name, workload, options.concurrency, pids) as load:
         for number in range(options.pairs_max):

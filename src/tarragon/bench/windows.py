@@ -38,6 +38,13 @@ class Window(NamedTuple):
     """Seconds on a core of all processes that were named; 0.0 where the kernel keeps no account of it."""
 
 
+class Mark(NamedTuple):
+    """A moment, and what the named processes had used of their cores by then."""
+
+    at_s: float
+    cpu_s: float
+
+
 class EndlessLoad:
     """A fixed number of streams, each replaced as it ends."""
 
@@ -68,19 +75,33 @@ class EndlessLoad:
 
     async def window(self, seconds: float) -> Window:
         """Of all streams in the next ``seconds``. Raises LoadError if one failed."""
-        assert self._running is not None
-        start_s, start_cpu_s = time.monotonic(), cpu_seconds(self._pids)
+        start = self.mark()
         await asyncio.sleep(seconds)
-        end_s, end_cpu_s = time.monotonic(), cpu_seconds(self._pids)
+        [found] = await self.between([(start, self.mark())])
+        return found
+
+    def mark(self) -> Mark:
+        return Mark(time.monotonic(), cpu_seconds(self._pids))
+
+    async def between(self, spans: Sequence[tuple[Mark, Mark]]) -> list[Window]:
+        """The windows of these spans, which end now at the latest. Raises LoadError if a stream failed.
+
+        To be asked once for all that are wanted: what has ended by now is forgotten.
+        """
+        assert self._running is not None
         await asyncio.sleep(LAST_TOKENS_S if self._pids else 0.0)
         if self._running.done():
             await self._running
-        found = pace(self._traces, start_s, end_s)
-        tokens = tokens_within(self._traces, start_s, end_s)
+        windows = [self._window(start, end) for start, end in spans]
         self._traces = [trace for trace in self._traces if trace.ended_s is None]
+        return windows
+
+    def _window(self, start: Mark, end: Mark) -> Window:
+        found = pace(self._traces, start.at_s, end.at_s)
         if not found:
-            raise LoadError(f"no stream brought two tokens within {seconds:g} s")
-        return Window(self._streams * found, (end_cpu_s - start_cpu_s) / tokens)
+            raise LoadError(f"no stream brought two tokens within {end.at_s - start.at_s:g} s")
+        tokens = tokens_within(self._traces, start.at_s, end.at_s)
+        return Window(self._streams * found, (end.cpu_s - start.cpu_s) / tokens)
 
     async def _run(self) -> None:
         async with session() as client, asyncio.TaskGroup() as group:
@@ -158,8 +179,10 @@ async def alternate(
     seconds: float,
 ) -> dict[str, Window]:
     """A window of both sides, one after the other; the order changes with ``number``."""
-    found = {}
+    spans = {}
     for side in sides if number % 2 == 0 else sides[::-1]:
         await switch(side)
-        found[side] = await load.window(seconds)
-    return found
+        start = load.mark()
+        await asyncio.sleep(seconds)
+        spans[side] = start, load.mark()
+    return dict(zip(spans, await load.between(list(spans.values())), strict=True))

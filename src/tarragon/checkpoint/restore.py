@@ -121,9 +121,9 @@ class Restorer:
             self.counters.restore_incomplete += absent
             self.counters.restore_corrupt += not absent
 
-    def find(self, request_id: str, origins: Sequence[Origin]) -> Source | None:
-        """Return the longest commit in the buckets of ``origins``; those of dead workers are sealed first."""
-        best: Source | None = None
+    def find(self, request_id: str, origins: Sequence[Origin]) -> list[Source]:
+        """Commits in the buckets of ``origins``, the longest first; those of the dead are sealed before."""
+        found: list[Source] = []
         for origin in origins:
             bucket = self._bucket(origin.worker_id, origin.epoch)
             if bucket is None:
@@ -138,9 +138,9 @@ class Restorer:
                 self.count_unusable(absent=False)
                 print(f"WARNING request {request_id}: {error}", file=sys.stderr)
                 continue
-            if record is not None and (best is None or record.positions > best.record.positions):
-                best = Source(bucket, record)
-        return best
+            if record is not None:
+                found.append(Source(bucket, record))
+        return sorted(found, key=lambda source: source.record.positions, reverse=True)
 
     def read(
         self, source: Source, starts: Sequence[int], stop: int, kinds: Sequence[RowKind]

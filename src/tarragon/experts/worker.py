@@ -99,8 +99,8 @@ class ExpertService:
         self._threads_wanted = self.boot.config.threads("expert", cores, max(1, workers))
 
     def arm(self, order: Failpoint) -> None:
-        """Die around a batch; called by the control thread."""
-        countdown = Countdown(order.name, order.after)
+        """Die or hang around a batch; called by the control thread."""
+        countdown = Countdown(order)
         if order.name == "before-batch":
             wrap(self, "_run", before=lambda _batch: countdown.hit())
         else:

@@ -84,16 +84,17 @@ class Commands:
             recovery.residency.aim(recovery.planner.again(recovery.residency.target))
         return actions + recovery.settle(now_s)
 
-    def failpoint(self, worker_id: str, name: str, after: int) -> list[Action]:
-        """Have a worker die the ``after``-th time that it comes by a named place. Raises MembershipError."""
+    def failpoint(self, worker_id: str, order: Failpoint) -> list[Action]:
+        """Have a worker die or hang at a named place. Raises MembershipError."""
         if not self._recovery.config.failpoints:
             raise MembershipError("this cluster was started without --failpoints")
         worker = self._membership.running(worker_id)
         names = NAMES.get(worker.role, ())
-        if name not in names:
-            raise MembershipError(f"{worker_id} has no failpoint {name}; it has {', '.join(names) or 'none'}")
-        order = Failpoint(name=name, after=after)
-        return [note(worker, "failpoint", f"{name}, time {after}"), send(worker, order)]
+        if order.name not in names:
+            has = ", ".join(names) or "none"
+            raise MembershipError(f"{worker_id} has no failpoint {order.name}; it has {has}")
+        text = f"{order.effect} at {order.name}, time {order.after}"
+        return [note(worker, "failpoint", text), send(worker, order)]
 
     def dead(self) -> list[str]:
         """Workers that do not run now, given up or waiting to be started again."""

@@ -20,6 +20,7 @@ from tarragon.boot import Boot
 from tarragon.messages import (
     Alive,
     Control,
+    Failpoint,
     Hello,
     Peer,
     ProtocolError,
@@ -365,9 +366,14 @@ class Orchestrator:
         self._prober.enabled = probing
         return {"probing": probing, "shadow_replicas": shadow_replicas}
 
-    def inject(self, worker_id: str, failpoint: str, after: int) -> dict[str, Any]:
-        self._carry_out(self._commands.failpoint(worker_id, failpoint, after))
-        return {"worker_id": worker_id, "failpoint": failpoint, "after": after}
+    def inject(self, worker_id: str, order: Failpoint) -> dict[str, Any]:
+        self._carry_out(self._commands.failpoint(worker_id, order))
+        return {
+            "worker_id": worker_id,
+            "failpoint": order.name,
+            "after": order.after,
+            "effect": order.effect,
+        }
 
     def apply(self, instruction: str, worker_ids: list[str]) -> dict[str, Any]:
         """A fault-tolerance instruction: what of it was possible has begun when this returns."""

@@ -297,7 +297,11 @@ class Recovery:
         worker = self.membership.workers[moved.worker_id]
         if moved.before in ("healthy", "suspect"):
             self.tally.failed(worker.role, moved.kind)
-        actions = [*self.moved(moved), Disconnect(worker.worker_id, worker.epoch)]
+        noted = self.moved(moved)
+        leave = self.leaving.get(worker.worker_id)
+        if leave is not None and leave.stopping:
+            noted = []  # it ends because it was told to: nobody is to be alarmed
+        actions = [*noted, Disconnect(worker.worker_id, worker.epoch)]
         if not exited:  # whatever is left of it ends: SIGTERM, and the node agent's SIGKILL after its grace
             order = SignalWorker(worker_id=worker.worker_id, epoch=worker.epoch, signal=signal.SIGTERM)
             actions.append(ToAgent(order))

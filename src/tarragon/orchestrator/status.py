@@ -20,6 +20,7 @@ import msgspec
 from aiohttp import web
 
 from tarragon.config import SHADOW_REPLICAS_MAX, Config
+from tarragon.messages import Failpoint, FailpointEffect
 from tarragon.observability import dashboard, metrics
 from tarragon.orchestrator.membership import MembershipError, UnknownWorkerError
 from tarragon.routing.placement import PlacementError
@@ -47,7 +48,7 @@ class Operations(Protocol):
     def add(self, role: str) -> dict[str, Any]: ...
     def checkpointing(self, mode: str, reprotect: bool) -> dict[str, Any]: ...
     def protection(self, probing: bool, shadow_replicas: int) -> dict[str, Any]: ...
-    def inject(self, worker_id: str, failpoint: str, after: int) -> dict[str, Any]: ...
+    def inject(self, worker_id: str, order: Failpoint) -> dict[str, Any]: ...
     def apply(self, instruction: str, worker_ids: list[str]) -> dict[str, Any]: ...
 
 
@@ -97,6 +98,7 @@ class _Inject(_Body):
     worker_id: str
     failpoint: str
     after: Annotated[int, msgspec.Meta(ge=1)] = 1
+    effect: FailpointEffect = "die"
 
 
 class _Params(_Body):
@@ -251,7 +253,8 @@ class StatusServer:
 
     async def _inject(self, request: web.BaseRequest) -> web.Response:
         body = await self._body(request, _Inject)
-        return _json(self._operations.inject(body.worker_id, body.failpoint, body.after), HTTPStatus.ACCEPTED)
+        order = Failpoint(name=body.failpoint, after=body.after, effect=body.effect)
+        return _json(self._operations.inject(body.worker_id, order), HTTPStatus.ACCEPTED)
 
     async def _drain(self, request: web.BaseRequest) -> web.Response:
         body = await self._body(request, _Drain)

@@ -102,6 +102,8 @@ class Refe:
         self._in_step = False
         self.on_gap: Callable[[], None] = lambda: None
         """Called once a layer, when its rows are out and the answers are not yet in (6.1)."""
+        self.on_unreachable: Callable[[], None] = lambda: None
+        """Called now and then while an expert has no live host: what it raises ends the step."""
         self.on_abandoned: Callable[[], None] = lambda: None
         """Called when a step ends early: what its layers have left must not be met by a later step."""
 
@@ -407,8 +409,12 @@ class Refe:
             self._on_table(self._table.version)
 
     def _wait_for_posts(self, layer: int, deadline: float) -> list[int]:
-        """Wait for a table or link that makes the layer's experts reachable; returns slots that died."""
+        """Wait for a table or link that makes the layer's experts reachable; returns slots that died.
+
+        That there is none may also mean that they have given this worker up, and everybody else with them.
+        """
         self.progress[0] += 1
+        self.on_unreachable()
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise ExpertUnreachable(
