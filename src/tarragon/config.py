@@ -228,7 +228,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     a suspect is as soon as its peers would say so."""
 
     failpoints: bool = False
-    """Whether workers may be told over the admin API to die or hang at a named place: for tests."""
+    """Whether workers may be told over the admin API to die or hang at a place: for tests only."""
 
     # --- control plane
     handshake_timeout_s: float = 10.0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 from tests.cluster.observe import fresh, is_gone, metric, replaced, stopped, until
+from tests.pool import Clusters
 from tests.streams import Reading, read_all, streamed_tokens
 from tests.undisturbed import Undisturbed
 
@@ -16,6 +17,8 @@ from tarragon.cluster import Cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 FULL_CAPACITY_S = 120.0
+STOPPED_S = 120.0
+"""Longer than a test leaves the orchestrator stopped, which nobody is to hold against it."""
 STALLS = "tarragon_stall_seconds_count"
 """At the gateway: streams that have got a token again since their worker was lost."""
 
@@ -100,13 +103,14 @@ def test_requests_are_restored_from_the_checkpoint(
 
 
 def test_a_stopped_attention_worker_that_wakes_does_no_harm(
-    cluster: Cluster, model_name: str, undisturbed: Undisturbed
+    clusters: Clusters, model_name: str, undisturbed: Undisturbed
 ) -> None:
     """It wakes with its old requests while others run them, and nobody but itself ends it then.
 
-    The orchestrator would have it ended: so that one is stopped too. The gateway needs no orchestrator to see
-    that a worker hangs.
+    The orchestrator would have it ended: so that one is stopped too, and not replaced for it. The gateway
+    needs no orchestrator to see that a worker hangs.
     """
+    cluster = clusters.get(2, 2, orchestrator_silence_s=STOPPED_S)
     bodies, wanted = undisturbed.of_every_kind(cluster, model_name)
     cluster.wait_for("full_capacity", FULL_CAPACITY_S)
     pids = cluster.pids()

@@ -15,7 +15,7 @@ from tarragon.cluster import Cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 STUCK_MS = 2_000.0
-"""Longer than any batch or step here takes, and a fifth of the default: the test waits for it."""
+"""Longer than any batch or step here takes; the tests would have to wait for the default of 10 s."""
 
 
 @pytest.fixture

@@ -454,6 +454,21 @@ def test_a_cold_load_displaces_a_shadow_when_memory_is_full() -> None:
     cluster.check_complete()
 
 
+def test_a_shadow_that_became_the_last_copy_makes_way_for_no_cold_load() -> None:
+    cluster = started(config_of(expert=3, room=16), layers=4, experts=8)  # shadows of half of them
+    table = cluster.recovery.residency.table
+    lost = [p.worker_id for p in table.workers].index("ew-2")
+    uncovered = sum(found == [lost] for row in table.candidates for found in row)
+    cluster.kill(index_of(cluster, "ew-2"))
+    assert uncovered > 0
+    for _ in range(20):
+        assert cluster.recovery.unreachable <= uncovered
+        cluster.obey(0)
+    assert cluster.recovery.unreachable == 0  # before any replacement is there
+    cluster.settle()
+    cluster.check_complete()
+
+
 def test_a_copy_is_not_dropped_before_every_attention_worker_has_the_new_table() -> None:
     cluster = started(config_of(expert=2, shadow_replicas=0))
     recovery = cluster.recovery
@@ -610,6 +625,18 @@ def test_a_worker_that_was_the_last_to_host_an_expert_is_replaced_at_once() -> N
     assert cluster.starts
 
 
+def test_a_replacement_waits_while_others_load_what_was_lost() -> None:
+    """Its own start would slow down just what the streams are waiting for."""
+    cluster = started(config_of(expert=3, room=3, replacement_pause_s=0.5), layers=1, experts=6)
+    cluster.kill(index_of(cluster, "ew-0"))
+    assert cluster.recovery.unreachable
+    assert not cluster.starts
+    while cluster.recovery.unreachable:
+        cluster.obey(0)
+    cluster.tick(0.6)
+    assert cluster.starts
+
+
 # ------------------------------------------------------------------ crash loops
 
 
@@ -735,6 +762,10 @@ def test_a_drain_that_takes_too_long_is_ended() -> None:
     assert isinstance(cluster.processes["aw-0"].inbox[-1], Stop)
     cluster.tick(2.0)  # it does not obey
     assert "aw-0" not in cluster.processes
+    cluster.settle()
+    texts = {note.kind: note.text for note in cluster.notes if note.worker_id == "aw-0"}
+    assert texts["stop"] == "not drained in 5 s"
+    assert "dead" in texts, "its work was cut off: that is told"
 
 
 @pytest.mark.parametrize(

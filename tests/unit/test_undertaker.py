@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 TIMEOUT_S = 60.0
 HOLDER = """
 import mmap, sys, threading, time
@@ -83,28 +85,43 @@ def test_signals_for_the_parent_leave_the_undertaker_alone() -> None:
         assert holder.poll() is None
 
 
-def nice_of_group(pid: int) -> str:
-    """Of the process's session among the sessions; "" where the kernel makes no groups of them."""
+def nice_of_group(pid: int) -> int:
+    """Of the process's session among the sessions. Skips the test where the kernel does not group them."""
     try:
-        return Path(f"/proc/{pid}/autogroup").read_text().split()[-1]
+        return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
     except OSError:
-        return ""
+        pytest.skip("the kernel does not weigh sessions against each other")
 
 
-def test_a_session_that_others_live_on_in_is_not_made_nice() -> None:
-    """A shell, say: all that is begun in it afterwards would run at the lowest priority."""
-    script = '"$0" -c "$1" & echo $!; sleep 600'
+@pytest.mark.parametrize("is_leader", [True, False])
+def test_only_a_session_of_the_workers_own_is_made_nice(is_leader: bool) -> None:
+    """In a shell's session, say, all that is begun afterwards would run at the lowest priority."""
+    worker = 'echo $BASHPID; exec "$0" -c "$1"'
+    script = f"sleep 600 & {worker}" if is_leader else f"({worker}) & sleep 600"
     command = ["bash", "-c", script, sys.executable, HOLDER]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as shell:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as leader:
         try:
-            assert shell.stdout is not None
-            holder, undertaker = (int(shell.stdout.readline()) for _ in range(2))
-            before = nice_of_group(shell.pid)
+            assert leader.stdout is not None
+            holder, undertaker = (int(leader.stdout.readline()) for _ in range(2))
+            other = next(pid for pid in session(leader.pid) if pid not in (holder, undertaker))
+            assert (holder == leader.pid) == is_leader
+            assert nice_of_group(other) == 0
             os.kill(holder, signal.SIGKILL)
             deadline = time.monotonic() + TIMEOUT_S
             while not ended(undertaker):
                 assert time.monotonic() < deadline, "the undertaker outlived its parent"
                 time.sleep(0.01)
-            assert nice_of_group(shell.pid) == before
+            assert nice_of_group(other) == (19 if is_leader else 0)
         finally:
-            os.killpg(shell.pid, signal.SIGKILL)
+            os.killpg(leader.pid, signal.SIGKILL)
+
+
+def session(leader: int) -> list[int]:
+    """Processes of the session, as far as they have not ended."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(ValueError, ProcessLookupError):
+            pid = int(entry.name)
+            if os.getsid(pid) == leader and not ended(pid):
+                found.append(pid)
+    return found

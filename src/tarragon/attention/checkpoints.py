@@ -127,7 +127,11 @@ class Checkpoints:
     # ------------------------------------------------------------------ a step
 
     def prepare(self) -> None:
-        """Between steps: take up a bucket or a way to checkpoint, and protect what runs without."""
+        """Between steps: take up a bucket or a way to checkpoint, and protect what runs without.
+
+        Raises Fenced: who wakes after its requests were taken away may find none of them left to run.
+        """
+        self.writer.check_seal()
         while not self._granted.empty():
             fd = self._granted.get_nowait()
             try:

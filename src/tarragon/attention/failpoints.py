@@ -37,7 +37,7 @@ class Failpoints:
                 wrap(self._checkpoints.seat, "load", before=lambda _loads: countdown.hit())
 
     def _in_a_layer(self, countdown: Countdown, *, of_prompts: bool) -> None:
-        """Count steps by what they compute; die when the rows of their middle layer are out."""
+        """Count steps by what they compute; hit when the rows of their middle layer are out."""
         middle = max(1, self._refe.layers // 2)
         left = 0
 

@@ -148,14 +148,15 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, num_computed_tokens: int, expected: Expected
     ) -> tuple[int | None, bool]:
         """The longest commit is of no use: go on with the next one, or compute the request anew."""
-        name = request.request_id
+        name, left = request.request_id, expected.sources[1:]
         self.forget(name)
         self.resumed[name] = Resumed(cached=num_computed_tokens)
-        if len(expected.sources) > 1:
-            self._expected[name] = Expected(expected.sources[1:], expected.origins)
-            return self.get_num_new_matched_tokens(request, num_computed_tokens)
-        print(f"WARNING request {name}: its checkpoint is not usable: computed anew", file=sys.stderr)
-        return 0, False
+        instead = f"that of {left[0].record.positions} positions is tried" if left else "computed anew"
+        print(f"WARNING request {name}: its checkpoint is not usable: {instead}", file=sys.stderr)
+        if not left:
+            return 0, False
+        self._expected[name] = Expected(left, expected.origins)
+        return self.get_num_new_matched_tokens(request, num_computed_tokens)
 
     def wait_for_rows(self, timeout_s: float) -> None:
         """The engine has nothing else to do: wait until rows are read, if any are being read."""
@@ -190,10 +191,10 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         source = expected.sources[0]
         if source.bucket.unchanged(source.record):
             return None
-        newest = self._restorer.find(request_id, expected.origins)
-        if not newest or newest[0].record.positions < source.record.positions:
-            return None
-        return newest[0]
+        for newer in self._restorer.find(request_id, expected.origins):
+            if newer.bucket is source.bucket and newer.record.positions >= source.record.positions:
+                return newer
+        return None
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         reading = self._readings.pop(request.request_id, None)

@@ -91,35 +91,45 @@ def serve(
     engine: Any, refe: Refe, control: ControlThread, requests: Requests, checkpoints: Checkpoints
 ) -> None:
     """The loop: drain the mailboxes, run one step, send what it produced."""
-    resumer = checkpoints.resumer
     poll = select.poll()
     for fd in (refe.fileno(), control.wake_fd):
         poll.register(fd, select.POLLIN)
-    while not control.stopping.is_set():
-        busy = engine.scheduler.has_requests()
-        if not busy:
-            refe.end_step()
-            refe.progress[0] += 1  # waiting for a grammar is no hang
-            poll.poll(0 if requests.deferred else GRAMMAR_POLL_MS if resumer.waiting else None)
-            refe.woken()
-        with TIMES.taken("intake_s"):
-            requests.take_up(poll)
-        resumer.poll()
-        checkpoints.prepare()
-        if engine.scheduler.has_requests():
-            with TIMES.taken("step_s"):
-                try:
-                    outputs, executed = engine.step()
-                    engine.post_step(executed)
-                    if not executed:
-                        refe.progress[0] += 1  # nor is waiting for restored rows
-                        checkpoints.seat.wait_for_rows(ROWS_WAIT_S)
-                except ExpertUnreachable as error:
-                    outputs = fail_step(engine, error)
-                except Fenced as error:
-                    print(f"attention worker: fenced, {error}", file=sys.stderr)
-                    return
-            with TIMES.taken("deliver_s"):
-                requests.deliver(outputs)
-            TIMES.end_step(refe.counters.as_dict())
+    try:
+        while not control.stopping.is_set():
+            if not engine.scheduler.has_requests():
+                _wait_for_requests(refe, requests, checkpoints, poll)
+            with TIMES.taken("intake_s"):
+                requests.take_up(poll)
+            checkpoints.resumer.poll()
+            checkpoints.prepare()
+            if engine.scheduler.has_requests():
+                with TIMES.taken("step_s"):
+                    outputs = _step(engine, refe, checkpoints)
+                with TIMES.taken("deliver_s"):
+                    requests.deliver(outputs)
+                TIMES.end_step(refe.counters.as_dict())
+    except Fenced as error:
+        print(f"attention worker: fenced, {error}", file=sys.stderr)
+        return
     print("attention worker: told to stop", file=sys.stderr)
+
+
+def _wait_for_requests(refe: Refe, requests: Requests, checkpoints: Checkpoints, poll: select.poll) -> None:
+    """Nothing runs: nobody shall wait for this worker, and it waits until it is told something."""
+    refe.end_step()
+    refe.progress[0] += 1  # waiting for a grammar is no hang
+    poll.poll(0 if requests.deferred else GRAMMAR_POLL_MS if checkpoints.resumer.waiting else None)
+    refe.woken()
+
+
+def _step(engine: Any, refe: Refe, checkpoints: Checkpoints) -> Any:
+    """One step of the engine; returns what to send. Raises Fenced."""
+    try:
+        outputs, executed = engine.step()
+        engine.post_step(executed)
+    except ExpertUnreachable as error:
+        return fail_step(engine, error)
+    if not executed:
+        refe.progress[0] += 1  # nor is waiting for restored rows
+        checkpoints.seat.wait_for_rows(ROWS_WAIT_S)
+    return outputs

@@ -19,9 +19,10 @@ def cores() -> list[int]:
 
 def warn_of_niceness() -> None:
     """A reader of low priority is late on full cores, and what it measures is its own waiting."""
-    if nice := max(os.nice(0), group_nice(os.getpid()) or 0):
-        text = f"the niceness of this session is {nice}: streams look slower than they are (setsid helps)"
-        print(f"WARNING {text}", file=sys.stderr)
+    own, group = os.nice(0), group_nice(os.getpid()) or 0
+    if own > 0 or group > 0:
+        what = f"the niceness of this {'process' if own > 0 else 'session'} is {max(own, group)}"
+        print(f"WARNING {what}: streams look slower than they are", file=sys.stderr)
 
 
 def machine() -> dict[str, Any]:

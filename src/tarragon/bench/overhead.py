@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--concurrency", type=int, default=16)
     options.add_argument("--window-s", type=float, default=4.0, help="seconds of each side in a pair")
     options.add_argument(
-        "--output-tokens", type=int, default=512, help="of each request: a new prompt is in one side's window"
+        "--output-tokens", type=int, default=512, help="of each request; each new one disturbs one side only"
     )
     options.add_argument("--pairs", type=int, default=60)
     options.add_argument("--pairs-max", type=int, default=120, help="go on to so many while inconclusive")

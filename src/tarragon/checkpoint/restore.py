@@ -66,7 +66,7 @@ class RestoreCounters(Counters):
         """Commits whose rows are not all there: written while the worker had no bucket, or given back by a
         sliding window."""
         self.restore_changed = 0
-        """Commits that changed while they were read: a newer one is read, if there is one."""
+        """Commits that changed while they were read: a newer or a shorter one is read instead."""
         self.restore_corrupt = 0
         """Records or rows with a wrong checksum."""
 

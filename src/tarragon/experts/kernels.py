@@ -9,8 +9,9 @@ memory.
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from vllm import _custom_ops as ops
 from tarragon.messages import ExpertId
 from tarragon.models.expert_weights import ExpertWeights
 from tarragon.models.shape import MoeModel
+
+_MADV_POPULATE_WRITE: Final = 23
 
 
 def kernel_isa(dtype: str) -> str:
@@ -39,8 +42,16 @@ class Slots:
     def fill(self, expert: int, value: torch.Tensor) -> None:
         self.tensor[expert].copy_(value)
 
+    def prepare(self, expert: int) -> None:
+        """Have the slot's pages at once: a fault for each costs more than filling them."""
+        page = mmap.PAGESIZE
+        start = expert * self._slot_bytes // page * page
+        with suppress(OSError):  # kernels before 5.14 do not know it
+            self._memory.madvise(_MADV_POPULATE_WRITE, start, (expert + 1) * self._slot_bytes - start)
+
     def pack(self, expert: int, weight: torch.Tensor, isa: str) -> None:
         """Lay a matrix out as the kernel reads it, right where the kernel will read it."""
+        self.prepare(expert)
         torch.ops._C.prepack_moe_weight(
             weight.unsqueeze(0).contiguous(), self.tensor[expert : expert + 1], isa
         )

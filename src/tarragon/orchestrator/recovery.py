@@ -68,6 +68,8 @@ class Leave:
     empty: bool = False
     """Attention workers: the gateway, or the worker itself, said that no request is left."""
     stopping: bool = False
+    forced: bool = False
+    """It was told to stop because its time was up, and not because it had nothing left to do."""
 
 
 class Recovery:
@@ -229,7 +231,7 @@ class Recovery:
             elif worker.state == "suspect":
                 actions += self._probe(worker, now_s)
             elif worker.state == "draining" and now_s >= self.leaving[worker.worker_id].deadline_s:
-                actions += self._stop(worker, now_s)
+                actions += self._stop(worker, now_s, forced=True)
         return actions + self._watch_gateway(now_s) + self._review(now_s)
 
     def _watch_gateway(self, now_s: float) -> list[Action]:
@@ -298,10 +300,8 @@ class Recovery:
         if moved.before in ("healthy", "suspect"):
             self.tally.failed(worker.role, moved.kind)
         noted = self.moved(moved)
-        leave = self.leaving.get(worker.worker_id)
-        if leave is not None and leave.stopping:
-            noted = []  # it ends because it was told to: nobody is to be alarmed
-        actions = [*noted, Disconnect(worker.worker_id, worker.epoch)]
+        actions: list[Action] = [] if self._ends_as_planned(worker) else noted
+        actions.append(Disconnect(worker.worker_id, worker.epoch))
         if not exited:  # whatever is left of it ends: SIGTERM, and the node agent's SIGKILL after its grace
             order = SignalWorker(worker_id=worker.worker_id, epoch=worker.epoch, signal=signal.SIGTERM)
             actions.append(ToAgent(order))
@@ -317,13 +317,16 @@ class Recovery:
         self.meant.discard((moved.worker_id, moved.epoch))
         return actions
 
+    def _ends_as_planned(self, worker: Worker) -> bool:
+        """Whether nobody is to be alarmed: it had nothing left to do, and was told to stop."""
+        leave = self.leaving.get(worker.worker_id)
+        return leave is not None and leave.stopping and not leave.forced
+
     def _replace(self, worker: Worker, now_s: float) -> list[Action]:
         healthy_for_s = None if worker.ready_s is None else now_s - worker.ready_s
         meant = (worker.worker_id, worker.epoch) in self.meant
-        alike = self.membership.by_role(worker.role)
-        others_go_on = self.ready and any(other.state == "healthy" for other in alike)
         due_s = self.restarts.died(
-            worker.worker_id, healthy_for_s, now_s, meant=meant, others_go_on=others_go_on
+            worker.worker_id, healthy_for_s, now_s, meant=meant, others_go_on=self._others_go_on(worker.role)
         )
         if due_s is None:
             return self._give_up(worker, now_s)
@@ -331,6 +334,13 @@ class Recovery:
             return self.start(worker.worker_id, worker.role, now_s)
         kind = "backoff" if self.restarts.crashes(worker.worker_id) > 1 else "pause"
         return [note(worker, kind, f"starts again in {due_s - now_s:.1f} s")]
+
+    def _others_go_on(self, role: Role) -> bool:
+        """Whether requests are served without another one of the role, or will be after cold loads."""
+        healthy = {w.role for w in self.membership.workers.values() if w.state == "healthy"}
+        if not {"attention", "gateway", role} <= healthy:
+            return False
+        return all(expert in self.residency.cold for expert in unreachable(self.residency.table))
 
     def _give_up(self, worker: Worker, now_s: float) -> list[Action]:
         times = self.restarts.crashes(worker.worker_id)
@@ -366,15 +376,17 @@ class Recovery:
         order = StartWorker(worker_id=worker_id, role=role, epoch=worker.epoch)
         return [note(worker, "start", role), ToAgent(order)]
 
-    def _stop(self, worker: Worker, now_s: float) -> list[Action]:
-        """End a drained worker: it is told, and killed if it does not obey."""
+    def _stop(self, worker: Worker, now_s: float, *, forced: bool = False) -> list[Action]:
+        """End a worker that is drained, or whose time is up (``forced``): told first, killed if need be."""
         leave = self.leaving[worker.worker_id]
+        leave.forced |= forced
         leave.deadline_s = now_s + self.config.shutdown_grace_s
         if leave.stopping:
             order = SignalWorker(worker_id=worker.worker_id, epoch=worker.epoch, signal=signal.SIGTERM)
             return [ToAgent(order)]
         leave.stopping = True
-        return [note(worker, "stop", "drained"), send(worker, Stop(reason="drained"))]
+        text = f"not drained in {self.config.drain_timeout_s:.0f} s" if forced else "drained"
+        return [note(worker, "stop", text), send(worker, Stop(reason=text))]
 
     def forget(self, worker_id: str) -> None:
         self.membership.forget(worker_id)

@@ -74,6 +74,8 @@ class Residency:
         self.table = empty_table(version, layers, experts)
         self._in_use: list[tuple[int, dict[str, set[ExpertId]]]] = [(version, {})]
         self._served: set[ExpertId] = set()
+        self._copies: Counter[ExpertId] = Counter()
+        """Of each expert, on workers that stay."""
         self._retarget()
 
     # ------------------------------------------------------------------ events
@@ -130,6 +132,7 @@ class Residency:
 
     def step(self) -> Step:
         """Decide the next table and orders; the caller sends them."""
+        self._copies = Counter(e for h in self.holders.values() if not h.draining for e in h.resident)
         if self._cold_loads:
             self._choose_cold_loads()
         wanted = {worker_id: self._wanted(worker_id) for worker_id in self.holders}
@@ -168,9 +171,8 @@ class Residency:
         self.cold = {
             expert: worker_id for expert, worker_id in self.cold.items() if not self._has_wanted_copy(expert)
         }
-        # Experts that cannot make way: what is loaded in an emergency, and primaries.
         firm = {
-            worker_id: self._primaries.get(worker_id, 0) + list(self.cold.values()).count(worker_id)
+            worker_id: self._firm(worker_id)
             for worker_id, holder in self.holders.items()
             if holder.ready and not holder.draining
         }
@@ -181,6 +183,16 @@ class Residency:
             host = min(hosts, key=lambda w: (firm[w], id_order(w)))
             self.cold[expert] = host
             firm[host] += 1
+
+    def _firm(self, worker_id: str) -> int:
+        """Experts of a worker that cannot make way: primaries, cold loads, and the last copies of others."""
+        cold = {expert for expert, w in self.cold.items() if w == worker_id}
+        last = {e for e in self.holders[worker_id].resident if self._copies[e] == 1} - cold
+        others = sum(not self._is_primary(expert, worker_id) for expert in last)
+        return self._primaries.get(worker_id, 0) + len(cold) + others
+
+    def _is_primary(self, expert: ExpertId, worker_id: str) -> bool:
+        return self.target.holder_ids(expert.layer, expert.expert)[0] == worker_id
 
     def _has_wanted_copy(self, expert: ExpertId) -> bool:
         ids = self.target.holder_ids(expert.layer, expert.expert)
@@ -198,7 +210,9 @@ class Residency:
                 only_copy.append(expert)
             elif self._misses_a_holder(expert):
                 spare_copy.append(expert)
-        wanted = list(dict.fromkeys([*cold, *only_copy, *target, *spare_copy]))
+        # A shadow that became the last copy makes way for nothing: it would have to be loaded elsewhere.
+        last = [e for e in target if e in holder.resident and self._copies[e] == 1]
+        wanted = list(dict.fromkeys([*cold, *only_copy, *last, *target, *spare_copy]))
         if holder.room is None or holder.draining:
             return wanted
         # A copy that waits to be taken over may go one beyond the budget: two full workers could not

@@ -411,7 +411,7 @@ class Refe:
     def _wait_for_posts(self, layer: int, deadline: float) -> list[int]:
         """Wait for a table or link that makes the layer's experts reachable; returns slots that died.
 
-        That there is none may also mean that they have given this worker up, and everybody else with them.
+        That there is none may also mean that all expert workers have given this worker up.
         """
         self.progress[0] += 1
         self.on_unreachable()
