@@ -469,6 +469,18 @@ def test_a_shadow_that_became_the_last_copy_makes_way_for_no_cold_load() -> None
     cluster.check_complete()
 
 
+def test_two_full_workers_exchange_what_each_has_loaded_in_an_emergency() -> None:
+    cluster = started(config_of(expert=3, room=4, shadow_replicas=0), layers=2, experts=4)
+    cluster.kill(index_of(cluster, "ew-2"))
+    while cluster.recovery.unreachable:
+        cluster.obey(0)
+    cluster.do(cluster.commands.remove("ew-2", cluster.now_s))
+    for step in range(200):
+        cluster.obey(step)
+        assert cluster.recovery.unreachable == 0
+    cluster.check_complete()
+
+
 def test_a_copy_is_not_dropped_before_every_attention_worker_has_the_new_table() -> None:
     cluster = started(config_of(expert=2, shadow_replicas=0))
     recovery = cluster.recovery

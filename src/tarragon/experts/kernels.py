@@ -8,8 +8,8 @@ memory.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from tarragon.models.expert_weights import ExpertWeights
 from tarragon.models.shape import MoeModel
 
 _MADV_POPULATE_WRITE: Final = 23
+_libc: Final = ctypes.CDLL(None)
 
 
 def kernel_isa(dtype: str) -> str:
@@ -37,6 +38,7 @@ class Slots:
         # Private: pages of shared memory, which is what mmap gives by itself, stay when they are released.
         self._memory = mmap.mmap(-1, experts * self._slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         flat = torch.frombuffer(self._memory, dtype=like.dtype)
+        self._address = flat.data_ptr()
         self.tensor = flat.view(experts, *like.shape)
 
     def fill(self, expert: int, value: torch.Tensor) -> None:
@@ -46,8 +48,10 @@ class Slots:
         """Have the slot's pages at once: a fault for each costs more than filling them."""
         page = mmap.PAGESIZE
         start = expert * self._slot_bytes // page * page
-        with suppress(OSError):  # kernels before 5.14 do not know it
-            self._memory.madvise(_MADV_POPULATE_WRITE, start, (expert + 1) * self._slot_bytes - start)
+        length = (expert + 1) * self._slot_bytes - start
+        # Not by ``mmap.madvise``, which keeps the interpreter's lock. Kernels before 5.14 refuse, then every
+        # page has its fault.
+        _libc.madvise(ctypes.c_void_p(self._address + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
 
     def pack(self, expert: int, weight: torch.Tensor, isa: str) -> None:
         """Lay a matrix out as the kernel reads it, right where the kernel will read it."""

@@ -309,7 +309,8 @@ class Recovery:
         self._peers_sent.pop(worker.worker_id, None)
         self.residency.leave(worker.worker_id)
         if moved.before == "draining":
-            actions.append(note(worker, "left", "drained"))
+            text = "drained" if self._ends_as_planned(worker) else "before it was drained"
+            actions.append(note(worker, "left", text))
             self.forget(worker.worker_id)
         actions += self.settle(now_s)  # first: whether the others can go on shows in the table without it
         if replace and moved.before != "draining":
@@ -340,7 +341,7 @@ class Recovery:
         healthy = {w.role for w in self.membership.workers.values() if w.state == "healthy"}
         if not {"attention", "gateway", role} <= healthy:
             return False
-        return all(expert in self.residency.cold for expert in unreachable(self.residency.table))
+        return all(self.residency.is_coming(expert) for expert in unreachable(self.residency.table))
 
     def _give_up(self, worker: Worker, now_s: float) -> list[Action]:
         times = self.restarts.crashes(worker.worker_id)
@@ -379,12 +380,11 @@ class Recovery:
     def _stop(self, worker: Worker, now_s: float, *, forced: bool = False) -> list[Action]:
         """End a worker that is drained, or whose time is up (``forced``): told first, killed if need be."""
         leave = self.leaving[worker.worker_id]
-        leave.forced |= forced
         leave.deadline_s = now_s + self.config.shutdown_grace_s
         if leave.stopping:
             order = SignalWorker(worker_id=worker.worker_id, epoch=worker.epoch, signal=signal.SIGTERM)
             return [ToAgent(order)]
-        leave.stopping = True
+        leave.stopping, leave.forced = True, forced
         text = f"not drained in {self.config.drain_timeout_s:.0f} s" if forced else "drained"
         return [note(worker, "stop", text), send(worker, Stop(reason=text))]
 

@@ -11,7 +11,7 @@ The rules that make every move safe, planned or not:
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -74,8 +74,7 @@ class Residency:
         self.table = empty_table(version, layers, experts)
         self._in_use: list[tuple[int, dict[str, set[ExpertId]]]] = [(version, {})]
         self._served: set[ExpertId] = set()
-        self._copies: Counter[ExpertId] = Counter()
-        """Of each expert, on workers that stay."""
+        self._kept: dict[str, set[ExpertId]] = {}
         self._retarget()
 
     # ------------------------------------------------------------------ events
@@ -132,7 +131,7 @@ class Residency:
 
     def step(self) -> Step:
         """Decide the next table and orders; the caller sends them."""
-        self._copies = Counter(e for h in self.holders.values() if not h.draining for e in h.resident)
+        self._kept = self._keepers()
         if self._cold_loads:
             self._choose_cold_loads()
         wanted = {worker_id: self._wanted(worker_id) for worker_id in self.holders}
@@ -163,7 +162,10 @@ class Residency:
     def _retarget(self) -> None:
         workers = self.target.workers
         self._assigned = {worker_id: self.target.assigned(worker_id) for worker_id in workers}
-        self._primaries = Counter(workers[holders[0]] for row in self.target.holders for holders in row)
+        self._own_primaries: dict[str, set[ExpertId]] = defaultdict(set)
+        for layer, row in enumerate(self.target.holders):
+            for expert, holders in enumerate(row):
+                self._own_primaries[workers[holders[0]]].add(ExpertId(layer, expert))
 
     def _choose_cold_loads(self) -> None:
         held = set().union(*(h.resident for h in self.holders.values())) if self.holders else set()
@@ -176,6 +178,7 @@ class Residency:
             for worker_id, holder in self.holders.items()
             if holder.ready and not holder.draining
         }
+        self._withdraw_from_full(firm)
         for expert in sorted(self._served - held - loading - set(self.cold)):
             hosts = [w for w, count in firm.items() if count < (self.holders[w].room or count + 1)]
             if not hosts:
@@ -184,15 +187,42 @@ class Residency:
             self.cold[expert] = host
             firm[host] += 1
 
-    def _firm(self, worker_id: str) -> int:
-        """Experts of a worker that cannot make way: primaries, cold loads, and the last copies of others."""
-        cold = {expert for expert, w in self.cold.items() if w == worker_id}
-        last = {e for e in self.holders[worker_id].resident if self._copies[e] == 1} - cold
-        others = sum(not self._is_primary(expert, worker_id) for expert in last)
-        return self._primaries.get(worker_id, 0) + len(cold) + others
+    def _withdraw_from_full(self, firm: dict[str, int]) -> None:
+        """A host that keeps more than it did gives back what it was chosen for and not yet told to load."""
+        for expert, worker_id in list(self.cold.items()):
+            holder = self.holders[worker_id]
+            is_full = holder.room is not None and firm.get(worker_id, 0) > holder.room
+            if is_full and expert not in holder.ordered:
+                del self.cold[expert]
+                firm[worker_id] -= 1
 
-    def _is_primary(self, expert: ExpertId, worker_id: str) -> bool:
-        return self.target.holder_ids(expert.layer, expert.expert)[0] == worker_id
+    def _firm(self, worker_id: str) -> int:
+        """Experts of a worker that make way for nothing: primaries, cold loads, and shadows that it keeps."""
+        cold = sum(host == worker_id for host in self.cold.values())
+        shadows = len(self._kept[worker_id] - self._own_primaries[worker_id])
+        return len(self._own_primaries[worker_id]) + cold + shadows
+
+    def _keepers(self) -> dict[str, set[ExpertId]]:
+        """Per worker what it keeps: of the wanted holders that have an expert and stay, the first keeps it.
+
+        The others' copies may make way.
+        """
+        staying = {w: h.resident for w, h in self.holders.items() if not h.draining}
+        resident = [staying.get(worker_id, set()) for worker_id in self.target.workers]
+        kept: dict[str, set[ExpertId]] = {worker_id: set() for worker_id in self.holders}
+        for layer, row in enumerate(self.target.holders):
+            for expert, holders in enumerate(row):
+                wanted = ExpertId(layer, expert)
+                for index in holders:
+                    if wanted in resident[index]:
+                        kept[self.target.workers[index]].add(wanted)
+                        break
+        return kept
+
+    def is_coming(self, expert: ExpertId) -> bool:
+        """Whether a worker is to load it without anybody's doing."""
+        ordered = any(expert in h.ordered for h in self.holders.values() if not h.draining)
+        return ordered or expert in self.cold
 
     def _has_wanted_copy(self, expert: ExpertId) -> bool:
         ids = self.target.holder_ids(expert.layer, expert.expert)
@@ -211,13 +241,19 @@ class Residency:
             elif self._misses_a_holder(expert):
                 spare_copy.append(expert)
         # A shadow that became the last copy makes way for nothing: it would have to be loaded elsewhere.
-        last = [e for e in target if e in holder.resident and self._copies[e] == 1]
-        wanted = list(dict.fromkeys([*cold, *only_copy, *last, *target, *spare_copy]))
+        kept = [expert for expert in target if expert in self._kept[worker_id]]
+        wanted = list(dict.fromkeys([*cold, *only_copy, *kept, *target, *spare_copy]))
         if holder.room is None or holder.draining:
             return wanted
         # A copy that waits to be taken over may go one beyond the budget: two full workers could not
         # exchange experts otherwise.
-        return wanted[: holder.room + bool(only_copy)]
+        exchanges = bool(only_copy) or any(self._is_to_be_taken(e) for e in cold if e in holder.resident)
+        return wanted[: holder.room + exchanges]
+
+    def _is_to_be_taken(self, expert: ExpertId) -> bool:
+        """Whether a wanted holder lives that has yet to load it."""
+        ids = self.target.holder_ids(expert.layer, expert.expert)
+        return any(i in self.holders and not self.holders[i].draining for i in ids)
 
     def _has_cold_copy(self, expert: ExpertId) -> bool:
         host = self.cold.get(expert)
