@@ -469,6 +469,19 @@ def test_a_shadow_that_became_the_last_copy_makes_way_for_no_cold_load() -> None
     cluster.check_complete()
 
 
+def test_what_waits_to_be_taken_over_leaves_no_room_for_cold_loads() -> None:
+    """Two workers share twelve experts, a third one is added, and one of the two dies before it is there."""
+    cluster = started(config_of(expert=2, room=6, shadow_replicas=0), layers=3, experts=4)
+    cluster.do(cluster.commands.add("expert", cluster.now_s)[1])
+    lost = len(cluster.processes["ew-1"].resident)
+    cluster.kill(index_of(cluster, "ew-1"))
+    for step in range(20):
+        assert cluster.recovery.unreachable <= lost
+        cluster.obey(step)
+    cluster.settle()
+    cluster.check_complete()
+
+
 def test_two_full_workers_exchange_what_each_has_loaded_in_an_emergency() -> None:
     cluster = started(config_of(expert=3, room=4, shadow_replicas=0), layers=2, experts=4)
     cluster.kill(index_of(cluster, "ew-2"))

@@ -162,6 +162,7 @@ class Residency:
     def _retarget(self) -> None:
         workers = self.target.workers
         self._assigned = {worker_id: self.target.assigned(worker_id) for worker_id in workers}
+        self._target_of = {worker_id: set(experts) for worker_id, experts in self._assigned.items()}
         self._own_primaries: dict[str, set[ExpertId]] = defaultdict(set)
         for layer, row in enumerate(self.target.holders):
             for expert, holders in enumerate(row):
@@ -171,7 +172,11 @@ class Residency:
         held = set().union(*(h.resident for h in self.holders.values())) if self.holders else set()
         loading = {e for h in self.holders.values() if not h.draining for e in h.ordered}
         self.cold = {
-            expert: worker_id for expert, worker_id in self.cold.items() if not self._has_wanted_copy(expert)
+            expert: worker_id
+            for expert, worker_id in self.cold.items()
+            if not self._has_wanted_copy(expert)
+            # One that is to leave loads nothing more.
+            and not (self.holders[worker_id].draining and expert not in self.holders[worker_id].resident)
         }
         firm = {
             worker_id: self._firm(worker_id)
@@ -197,10 +202,22 @@ class Residency:
                 firm[worker_id] -= 1
 
     def _firm(self, worker_id: str) -> int:
-        """Experts of a worker that make way for nothing: primaries, cold loads, and shadows that it keeps."""
-        cold = sum(host == worker_id for host in self.cold.values())
-        shadows = len(self._kept[worker_id] - self._own_primaries[worker_id])
-        return len(self._own_primaries[worker_id]) + cold + shadows
+        """Experts of a worker that make way for nothing: primaries, cold loads, and what it has alone."""
+        cold = {expert for expert, host in self.cold.items() if host == worker_id}
+        alone = self._kept[worker_id].union(self._only_copies(worker_id))
+        return len(alone.union(cold, self._own_primaries[worker_id]))
+
+    def _only_copies(self, worker_id: str) -> list[ExpertId]:
+        """What the worker has, is not to have, and nobody has that is to: it waits to be taken over."""
+        holder = self.holders[worker_id]
+        target = set() if holder.draining else self._target_of.get(worker_id, set())
+        return [
+            expert
+            for expert in sorted(holder.resident - target)
+            if self.cold.get(expert) != worker_id
+            and not self._has_wanted_copy(expert)
+            and not self._has_cold_copy(expert)
+        ]
 
     def _keepers(self) -> dict[str, set[ExpertId]]:
         """Per worker what it keeps: of the wanted holders that have an expert and stay, the first keeps it.
@@ -233,22 +250,18 @@ class Residency:
         holder = self.holders[worker_id]
         cold = [expert for expert, w in self.cold.items() if w == worker_id]
         target = [] if holder.draining else self._assigned.get(worker_id, [])
-        own = {*cold, *target}
-        only_copy, spare_copy = [], []
-        for expert in sorted(holder.resident - own):
-            if not self._has_wanted_copy(expert) and not self._has_cold_copy(expert):
-                only_copy.append(expert)
-            elif self._misses_a_holder(expert):
-                spare_copy.append(expert)
-        # A shadow that became the last copy makes way for nothing: it would have to be loaded elsewhere.
-        kept = [expert for expert in target if expert in self._kept[worker_id]]
-        wanted = list(dict.fromkeys([*cold, *only_copy, *kept, *target, *spare_copy]))
+        only_copy = self._only_copies(worker_id)
+        spare_copy = [e for e in sorted(holder.resident - {*cold, *target}) if self._misses_a_holder(e)]
+        # What is here and nowhere else makes way for nothing: it would have to be loaded again.
+        alone = [e for e in cold if e in holder.resident] + only_copy
+        alone += [expert for expert in target if expert in self._kept[worker_id]]
+        wanted = list(dict.fromkeys([*alone, *cold, *target, *spare_copy]))
         if holder.room is None or holder.draining:
             return wanted
         # A copy that waits to be taken over may go one beyond the budget: two full workers could not
         # exchange experts otherwise.
         exchanges = bool(only_copy) or any(self._is_to_be_taken(e) for e in cold if e in holder.resident)
-        return wanted[: holder.room + exchanges]
+        return wanted[: max(holder.room + exchanges, len(dict.fromkeys(alone)))]
 
     def _is_to_be_taken(self, expert: ExpertId) -> bool:
         """Whether a wanted holder lives that has yet to load it."""
