@@ -30,31 +30,30 @@ NAMES: Final = {"attention": ATTENTION, "expert": EXPERT}
 
 
 class Countdown:
-    """Calls ``effect`` with the order's name at the ``after``-th hit, once."""
+    """Has the order's effect at its ``after``-th hit, once."""
 
-    def __init__(self, order: Failpoint, effect: Callable[[str], None] | None = None) -> None:
+    def __init__(self, order: Failpoint) -> None:
         self._name, self._left = order.name, order.after
-        self._effect = effect or _EFFECTS[order.effect]
+        self._effect = _EFFECTS[order.effect]
 
     def hit(self) -> None:
         self._left -= 1
         if self._left == 0:
-            self._effect(self._name)
+            print(f"failpoint {self._name} reached", file=sys.stderr, flush=True)
+            self._effect()
 
 
-def kill_self(name: str) -> None:
+def kill_self() -> None:
     """End this process as a crash would: nothing is flushed, closed or said good-bye to."""
-    print(f"failpoint {name} reached", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hang(name: str) -> None:
+def hang() -> None:
     """Wedge this thread for good; the others go on, and answer probes."""
-    print(f"failpoint {name} reached", file=sys.stderr, flush=True)
     threading.Event().wait()
 
 
-_EFFECTS: Final[dict[str, Callable[[str], None]]] = {"die": kill_self, "hang": hang}
+_EFFECTS: Final[dict[str, Callable[[], None]]] = {"die": kill_self, "hang": hang}
 
 
 def wrap(

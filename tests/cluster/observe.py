@@ -88,6 +88,11 @@ def noted(cluster: Cluster) -> list[dict[str, Any]]:
     return list(reply.json()["events"])
 
 
+def kinds_noted(cluster: Cluster, epoch: int) -> set[str]:
+    """What kinds of events the orchestrator has noted of one incarnation."""
+    return {event["kind"] for event in noted(cluster) if event["epoch"] == epoch}
+
+
 def events(cluster: Cluster, worker_id: str, kind: str) -> list[str]:
     """The texts of one kind about one worker."""
     return [e["text"] for e in noted(cluster) if (e["worker_id"], e["kind"]) == (worker_id, kind)]

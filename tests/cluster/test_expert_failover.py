@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 
 import pytest
+from tests.cluster.load import under_load
 from tests.cluster.observe import fresh, replaced, until
 from tests.pool import Clusters, resize
 from tests.undisturbed import Undisturbed
-from tests.workload import Answer, ask, differing, mixed_requests
+from tests.workload import ask, differing, mixed_requests
 
 from tarragon.cluster import Cluster
 from tarragon.config import Config
@@ -26,18 +25,10 @@ def test_a_killed_expert_worker_changes_no_stream(
     wanted = undisturbed.answers(cluster, model_name, bodies)
     cluster.wait_for("full_capacity", 120)
     pids = cluster.pids()
-    before = fresh(cluster, victim, "aw-0", "aw-1")
+    before = fresh(cluster, "aw-0", "aw-1")
 
-    disturbed: list[Answer] = []
-    reader = threading.Thread(
-        target=lambda: disturbed.extend(ask(cluster.url, model_name, bodies, concurrency=8))
-    )
-    reader.start()
-    _wait_until_it_works(cluster, victim, before[victim])
-    cluster.kill(victim)
-    reader.join(timeout=180)
-
-    assert not reader.is_alive()
+    with under_load(cluster, model_name, bodies, victim) as disturbed:
+        cluster.kill(victim)
     assert differing(disturbed, wanted) == []
     replaced(cluster, pids, victim)
     after = fresh(cluster, "aw-0", "aw-1")
@@ -66,14 +57,3 @@ def test_those_left_take_over_the_cores_of_one_that_left(clusters: Clusters, mod
 
 def list_of(cluster: Cluster, role: str) -> list[str]:
     return [worker["id"] for worker in cluster.status()["workers"] if worker["role"] == role]
-
-
-def _wait_until_it_works(cluster: Cluster, worker_id: str, before: dict[str, float]) -> None:
-    """Until the victim has reported more batches than ``before``: it is computing for the load."""
-    deadline_s = time.monotonic() + 30
-    while True:
-        now = next(worker for worker in cluster.status()["workers"] if worker["id"] == worker_id)
-        if now["counters"].get("batches", 0) > before["batches"]:
-            return
-        assert time.monotonic() < deadline_s, "the load never reached the victim"
-        time.sleep(0.02)

@@ -8,12 +8,11 @@ import os
 import signal
 import socket
 import struct
-import threading
-from collections.abc import Iterator
 
 import httpx
 import pytest
-from tests.cluster.observe import events, fresh, is_gone, noted, replaced, until, worker
+from tests.cluster.load import under_load
+from tests.cluster.observe import events, fresh, is_gone, kinds_noted, noted, replaced, until, worker
 from tests.pool import Clusters
 from tests.undisturbed import Undisturbed
 from tests.workload import Answer, ask, differing, mixed_requests
@@ -38,31 +37,11 @@ def wanted(cluster: Cluster, model_name: str, undisturbed: Undisturbed) -> list[
     return undisturbed.answers(cluster, model_name, BODIES)
 
 
-@contextlib.contextmanager
-def under_load(
-    cluster: Cluster, model_name: str, worker_id: str, *, times: int = 1
-) -> Iterator[list[Answer]]:
-    """BODIES, so many times, run beside the block, which begins when the worker computes for them."""
-    answers: list[Answer] = []
-    reader = threading.Thread(
-        target=lambda: answers.extend(ask(cluster.url, model_name, BODIES * times, concurrency=8)),
-        daemon=True,
-    )
-    before = fresh(cluster, worker_id)[worker_id]["batches"]  # all of older load
-    reader.start()
-    until(
-        "the load reached nobody", lambda: worker(cluster, worker_id)["counters"].get("batches", 0) > before
-    )
-    yield answers
-    reader.join(timeout=180)
-    assert not reader.is_alive(), "a stream hangs"
-
-
 def test_a_stopped_expert_worker_changes_no_stream_and_its_return_does_no_harm(
     cluster: Cluster, model_name: str, wanted: list[Answer]
 ) -> None:
     before = worker(cluster, "ew-1")
-    with under_load(cluster, model_name, "ew-1") as answers:
+    with under_load(cluster, model_name, BODIES, "ew-1") as answers:
         cluster.kill("ew-1", "SIGSTOP")
         until("it was not replaced", lambda: worker(cluster, "ew-1")["epoch"] != before["epoch"], 10)
         # It wakes while the others go on with what it had: its epoch is stale, and nobody listens to it.
@@ -104,7 +83,7 @@ def test_a_cut_link_is_the_matter_of_its_two_ends(
     before = {entry["id"]: (entry["pid"], entry["epoch"]) for entry in cluster.status()["workers"]}
     dead = events(cluster, "ew-2", "dead")
     lost = fresh(cluster, "aw-0")["aw-0"]["links_lost"]
-    with under_load(cluster, model_name, "ew-2") as answers:
+    with under_load(cluster, model_name, BODIES, "ew-2") as answers:
         assert cut(before["ew-2"][0], before["aw-0"][0]) == 2, "the data link and the probes"
     assert differing(answers, wanted) == []
     until("no link was lost", lambda: worker(cluster, "aw-0")["counters"]["links_lost"] == lost + 1)
@@ -120,7 +99,7 @@ def test_two_expert_workers_killed_one_after_the_other_change_no_stream(
 ) -> None:
     cluster.wait_for("full_capacity", 120)
     pids = cluster.pids()
-    with under_load(cluster, model_name, "ew-0") as answers:
+    with under_load(cluster, model_name, BODIES, "ew-0") as answers:
         cluster.kill("ew-0")
         # Not earlier: for a moment after the death nothing is started.
         until("the first is not being replaced", lambda: is_loading(cluster, "ew-0", pids["ew-0"]))
@@ -156,17 +135,13 @@ def test_an_expert_worker_that_is_drained_changes_no_stream_and_nothing_is_repla
     cluster.wait_for("full_capacity", 120)
     before = fresh(cluster, "aw-0", "aw-1")
     epoch = worker(cluster, "ew-2")["epoch"]
-    with under_load(cluster, model_name, "ew-2", times=2) as answers:
+    with under_load(cluster, model_name, BODIES * 2, "ew-2") as answers:
         cluster.drain("ew-2")
         until("it does not leave", lambda: all(w["id"] != "ew-2" for w in cluster.status()["workers"]))
         assert not answers, "the streams ended before it had left"
     assert differing(answers, wanted * 2) == []
-
-    def kinds() -> set[str]:
-        return {event["kind"] for event in noted(cluster) if event["epoch"] == epoch}
-
-    until("its process is not reaped", lambda: {"left", "exited"} <= kinds())
-    assert "dead" not in kinds(), "nobody is alarmed by what was asked for"
+    until("its process is not reaped", lambda: {"left", "exited"} <= kinds_noted(cluster, epoch))
+    assert "dead" not in kinds_noted(cluster, epoch), "nobody is alarmed by what was asked for"
     after = fresh(cluster, "aw-0", "aw-1")
     replayed = {name: after[name]["replayed_pairs"] - before[name]["replayed_pairs"] for name in after}
     assert replayed == {"aw-0": 0, "aw-1": 0}
@@ -179,7 +154,7 @@ def test_the_only_expert_worker_dies_and_its_requests_wait_for_the_next(
     alone = clusters.get(2, 1)
     wanted = undisturbed.answers(alone, model_name, BODIES)
     pids = alone.pids()
-    with under_load(alone, model_name, "ew-0") as answers:
+    with under_load(alone, model_name, BODIES, "ew-0") as answers:
         alone.kill("ew-0")
         until("no other was started", lambda: worker(alone, "ew-0")["pid"] not in (0, pids["ew-0"]))
     assert differing(answers, wanted) == []

@@ -7,11 +7,11 @@ import os
 import signal
 
 import pytest
-from tests.cluster.observe import is_gone, noted, replaced, until, worker
-from tests.cluster.test_expert_hang import BODIES, under_load
+from tests.cluster.load import under_load
+from tests.cluster.observe import is_gone, kinds_noted, replaced, until, worker
 from tests.pool import Clusters
 from tests.undisturbed import Undisturbed
-from tests.workload import SMALL_LAYERS, Answer, differing
+from tests.workload import SMALL_LAYERS, Answer, differing, mixed_requests
 
 from tarragon.cluster import Cluster
 from tarragon.models.demo import ensure_demo_model
@@ -20,6 +20,7 @@ from tarragon.models.shape import read_model
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 EXPERT_WORKERS = 3
+BODIES = mixed_requests(8, seed=11, vocabulary=40_000, long_tokens=300, output_tokens=72)
 
 
 @pytest.fixture
@@ -43,9 +44,9 @@ def wanted(tight: Cluster, model_name: str, undisturbed: Undisturbed) -> list[An
 def test_one_is_lost(tight: Cluster, model_name: str, wanted: list[Answer], fault: str) -> None:
     pids = tight.pids()
     epoch = worker(tight, "ew-1")["epoch"]
-    with under_load(tight, model_name, "ew-1") as answers:
+    with under_load(tight, model_name, BODIES, "ew-1") as answers:
         tight.kill("ew-1", fault)
-        until("nobody noticed", lambda: (epoch, "dead") in [(e["epoch"], e["kind"]) for e in noted(tight)])
+        until("nobody noticed", lambda: "dead" in kinds_noted(tight, epoch))
         assert not answers, "the streams ended before"
         with contextlib.suppress(ProcessLookupError):
             os.kill(pids["ew-1"], signal.SIGCONT)  # a late return does no harm
@@ -59,7 +60,7 @@ def test_two_are_lost_and_the_survivor_has_no_room_for_all(
 ) -> None:
     """Some experts are nowhere until the first replacement has them: their rows wait, no request fails."""
     pids = tight.pids()
-    with under_load(tight, model_name, "ew-0") as answers:
+    with under_load(tight, model_name, BODIES, "ew-0") as answers:
         tight.kill("ew-0")
         tight.kill("ew-2")
         until("the survivor had room for all", lambda: tight.status()["experts"]["unreachable"] > 0)

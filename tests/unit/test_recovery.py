@@ -482,6 +482,18 @@ def test_what_waits_to_be_taken_over_leaves_no_room_for_cold_loads() -> None:
     cluster.check_complete()
 
 
+def test_a_cold_load_goes_elsewhere_once_its_host_is_full() -> None:
+    """The second death leaves the host with last copies: what it was chosen for finds room with another."""
+    cluster = started(config_of(expert=5, room=3), layers=1, experts=9)
+    cluster.kill(index_of(cluster, "ew-1"))
+    cluster.kill(index_of(cluster, "ew-0"))
+    for _ in range(80):
+        cluster.obey(0)
+    assert cluster.recovery.unreachable == 0  # before any replacement is there: three have room for nine
+    cluster.settle()
+    cluster.check_complete()
+
+
 def test_two_full_workers_exchange_what_each_has_loaded_in_an_emergency() -> None:
     cluster = started(config_of(expert=3, room=4, shadow_replicas=0), layers=2, experts=4)
     cluster.kill(index_of(cluster, "ew-2"))

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tarragon.agent.priority import group_nice
+
 TIMEOUT_S = 60.0
 HOLDER = """
 import mmap, sys, threading, time
@@ -85,14 +87,6 @@ def test_signals_for_the_parent_leave_the_undertaker_alone() -> None:
         assert holder.poll() is None
 
 
-def nice_of_group(pid: int) -> int:
-    """Of the process's session among the sessions. Skips the test where the kernel does not group them."""
-    try:
-        return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
-    except OSError:
-        pytest.skip("the kernel does not weigh sessions against each other")
-
-
 @pytest.mark.parametrize("is_leader", [True, False])
 def test_only_a_session_of_the_workers_own_is_made_nice(is_leader: bool) -> None:
     """In a shell's session, say, all that is begun afterwards would run at the lowest priority."""
@@ -105,13 +99,15 @@ def test_only_a_session_of_the_workers_own_is_made_nice(is_leader: bool) -> None
             holder, undertaker = (int(leader.stdout.readline()) for _ in range(2))
             other = next(pid for pid in session(leader.pid) if pid not in (holder, undertaker))
             assert (holder == leader.pid) == is_leader
-            assert nice_of_group(other) == 0
+            if group_nice(other) is None:
+                pytest.skip("the kernel does not weigh sessions against each other")
+            assert group_nice(other) == 0
             os.kill(holder, signal.SIGKILL)
             deadline = time.monotonic() + TIMEOUT_S
             while not ended(undertaker):
                 assert time.monotonic() < deadline, "the undertaker outlived its parent"
                 time.sleep(0.01)
-            assert nice_of_group(other) == (19 if is_leader else 0)
+            assert group_nice(other) == (19 if is_leader else 0)
         finally:
             os.killpg(leader.pid, signal.SIGKILL)
 

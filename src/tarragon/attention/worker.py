@@ -7,6 +7,7 @@ import sys
 from typing import Any, cast
 
 import torch
+from vllm.v1.engine import EngineCoreOutputs
 
 from tarragon.attention.checkpoints import Checkpoints
 from tarragon.attention.control import ControlThread
@@ -122,9 +123,10 @@ def _wait_for_requests(refe: Refe, requests: Requests, checkpoints: Checkpoints,
     refe.woken()
 
 
-def _step(engine: Any, refe: Refe, checkpoints: Checkpoints) -> Any:
+def _step(engine: Any, refe: Refe, checkpoints: Checkpoints) -> dict[int, EngineCoreOutputs]:
     """One step of the engine; returns what to send. Raises Fenced."""
     try:
+        outputs: dict[int, EngineCoreOutputs]
         outputs, executed = engine.step()
         engine.post_step(executed)
     except ExpertUnreachable as error:

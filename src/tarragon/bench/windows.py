@@ -75,10 +75,14 @@ class EndlessLoad:
 
     async def window(self, seconds: float) -> Window:
         """Of all streams in the next ``seconds``. Raises LoadError if one failed."""
+        [found] = await self.between([await self.span(seconds)])
+        return found
+
+    async def span(self, seconds: float) -> tuple[Mark, Mark]:
+        """The next ``seconds``, to be asked about with ``between``."""
         start = self.mark()
         await asyncio.sleep(seconds)
-        [found] = await self.between([(start, self.mark())])
-        return found
+        return start, self.mark()
 
     def mark(self) -> Mark:
         return Mark(time.monotonic(), cpu_seconds(self._pids))
@@ -182,7 +186,5 @@ async def alternate(
     spans = {}
     for side in sides if number % 2 == 0 else sides[::-1]:
         await switch(side)
-        start = load.mark()
-        await asyncio.sleep(seconds)
-        spans[side] = start, load.mark()
+        spans[side] = await load.span(seconds)
     return dict(zip(spans, await load.between(list(spans.values())), strict=True))

@@ -37,25 +37,24 @@ class Slots:
         self._slot_bytes = like.nbytes
         # Private: pages of shared memory, which is what mmap gives by itself, stay when they are released.
         self._memory = mmap.mmap(-1, experts * self._slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        flat = torch.frombuffer(self._memory, dtype=like.dtype)
-        self._address = flat.data_ptr()
-        self.tensor = flat.view(experts, *like.shape)
+        self.tensor = torch.frombuffer(self._memory, dtype=like.dtype).view(experts, *like.shape)
 
     def fill(self, expert: int, value: torch.Tensor) -> None:
         self.tensor[expert].copy_(value)
 
-    def prepare(self, expert: int) -> None:
+    def _populate(self, expert: int) -> None:
         """Have the slot's pages at once: a fault for each costs more than filling them."""
         page = mmap.PAGESIZE
         start = expert * self._slot_bytes // page * page
         length = (expert + 1) * self._slot_bytes - start
         # Not by ``mmap.madvise``, which keeps the interpreter's lock. Kernels before 5.14 refuse, then every
         # page has its fault.
-        _libc.madvise(ctypes.c_void_p(self._address + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+        address = self.tensor.data_ptr() + start
+        _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
 
     def pack(self, expert: int, weight: torch.Tensor, isa: str) -> None:
         """Lay a matrix out as the kernel reads it, right where the kernel will read it."""
-        self.prepare(expert)
+        self._populate(expert)
         torch.ops._C.prepack_moe_weight(
             weight.unsqueeze(0).contiguous(), self.tensor[expert : expert + 1], isa
         )

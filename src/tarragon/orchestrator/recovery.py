@@ -116,8 +116,11 @@ class Recovery:
     @property
     def ready(self) -> bool:
         """Whether requests are served: an attention worker, the gateway, and every expert."""
-        healthy = {w.role for w in self.membership.workers.values() if w.state == "healthy"}
-        return {"attention", "gateway"} <= healthy and self.unreachable == 0
+        return self._have("attention", "gateway") and self.unreachable == 0
+
+    def _have(self, *roles: Role) -> bool:
+        """Whether each of the roles has a healthy process."""
+        return {w.role for w in self.membership.workers.values() if w.state == "healthy"}.issuperset(roles)
 
     @property
     def full_capacity(self) -> bool:
@@ -299,8 +302,8 @@ class Recovery:
         worker = self.membership.workers[moved.worker_id]
         if moved.before in ("healthy", "suspect"):
             self.tally.failed(worker.role, moved.kind)
-        noted = self.moved(moved)
-        actions: list[Action] = [] if self._ends_as_planned(worker) else noted
+        planned = self._ends_as_planned(worker)
+        actions: list[Action] = [] if planned else self.moved(moved)
         actions.append(Disconnect(worker.worker_id, worker.epoch))
         if not exited:  # whatever is left of it ends: SIGTERM, and the node agent's SIGKILL after its grace
             order = SignalWorker(worker_id=worker.worker_id, epoch=worker.epoch, signal=signal.SIGTERM)
@@ -309,8 +312,7 @@ class Recovery:
         self._peers_sent.pop(worker.worker_id, None)
         self.residency.leave(worker.worker_id)
         if moved.before == "draining":
-            text = "drained" if self._ends_as_planned(worker) else "before it was drained"
-            actions.append(note(worker, "left", text))
+            actions.append(note(worker, "left", "drained" if planned else "before it was drained"))
             self.forget(worker.worker_id)
         actions += self.settle(now_s)  # first: whether the others can go on shows in the table without it
         if replace and moved.before != "draining":
@@ -338,10 +340,8 @@ class Recovery:
 
     def _others_go_on(self, role: Role) -> bool:
         """Whether requests are served without another one of the role, or will be after cold loads."""
-        healthy = {w.role for w in self.membership.workers.values() if w.state == "healthy"}
-        if not {"attention", "gateway", role} <= healthy:
-            return False
-        return all(self.residency.is_coming(expert) for expert in unreachable(self.residency.table))
+        lost = unreachable(self.residency.table)
+        return self._have("attention", "gateway", role) and all(map(self.residency.is_being_loaded, lost))
 
     def _give_up(self, worker: Worker, now_s: float) -> list[Action]:
         times = self.restarts.crashes(worker.worker_id)
@@ -394,6 +394,7 @@ class Recovery:
         self.counters.pop(worker_id, None)
         self.traffic.pop(worker_id, None)
         self.leaving.pop(worker_id, None)
+        self._probe_at_s.pop(worker_id, None)
 
     def settle(self, now_s: float) -> list[Action]:
         """After any event: bring tables, orders, peers and drains up to date."""

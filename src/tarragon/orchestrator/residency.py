@@ -6,6 +6,7 @@ The rules that make every move safe, planned or not:
 * nothing is dropped while a table that lists it may still be in use by an attention worker;
 * an expert that lost its last live copy is loaded on a survivor at once (cold load), even if a shadow
   has to give way;
+* what one worker has and no other keeps is pinned: it makes way for nothing;
 * when the wanted holders are back, all of this undoes itself: the copy is unlisted, then dropped.
 """
 
@@ -75,6 +76,7 @@ class Residency:
         self._in_use: list[tuple[int, dict[str, set[ExpertId]]]] = [(version, {})]
         self._served: set[ExpertId] = set()
         self._kept: dict[str, set[ExpertId]] = {}
+        """Per worker what it, of all wanted holders that have it, shall not give up; of the last step."""
         self._retarget()
 
     # ------------------------------------------------------------------ events
@@ -162,7 +164,6 @@ class Residency:
     def _retarget(self) -> None:
         workers = self.target.workers
         self._assigned = {worker_id: self.target.assigned(worker_id) for worker_id in workers}
-        self._target_of = {worker_id: set(experts) for worker_id, experts in self._assigned.items()}
         self._own_primaries: dict[str, set[ExpertId]] = defaultdict(set)
         for layer, row in enumerate(self.target.holders):
             for expert, holders in enumerate(row):
@@ -178,42 +179,49 @@ class Residency:
             # One that is to leave loads nothing more.
             and not (self.holders[worker_id].draining and expert not in self.holders[worker_id].resident)
         }
-        firm = {
-            worker_id: self._firm(worker_id)
+        needed = {
+            worker_id: self._needed(worker_id)
             for worker_id, holder in self.holders.items()
             if holder.ready and not holder.draining
         }
-        self._withdraw_from_full(firm)
+        self._withdraw_from_full(needed)
         for expert in sorted(self._served - held - loading - set(self.cold)):
-            hosts = [w for w, count in firm.items() if count < (self.holders[w].room or count + 1)]
+            hosts = [w for w, count in needed.items() if count < (self.holders[w].room or count + 1)]
             if not hosts:
                 return
-            host = min(hosts, key=lambda w: (firm[w], id_order(w)))
+            host = min(hosts, key=lambda w: (needed[w], id_order(w)))
             self.cold[expert] = host
-            firm[host] += 1
+            needed[host] += 1
 
-    def _withdraw_from_full(self, firm: dict[str, int]) -> None:
+    def _withdraw_from_full(self, needed: dict[str, int]) -> None:
         """A host that keeps more than it did gives back what it was chosen for and not yet told to load."""
         for expert, worker_id in list(self.cold.items()):
             holder = self.holders[worker_id]
-            is_full = holder.room is not None and firm.get(worker_id, 0) > holder.room
+            is_full = holder.room is not None and needed.get(worker_id, 0) > holder.room
             if is_full and expert not in holder.ordered:
                 del self.cold[expert]
-                firm[worker_id] -= 1
+                needed[worker_id] -= 1
 
-    def _firm(self, worker_id: str) -> int:
-        """Experts of a worker that make way for nothing: primaries, cold loads, and what it has alone."""
-        cold = {expert for expert, host in self.cold.items() if host == worker_id}
-        alone = self._kept[worker_id].union(self._only_copies(worker_id))
-        return len(alone.union(cold, self._own_primaries[worker_id]))
+    def _needed(self, worker_id: str) -> int:
+        """Experts of a worker that leave no room for another cold load: all but spare copies and shadows."""
+        return len({*self._pinned(worker_id), *self._cold_of(worker_id), *self._own_primaries[worker_id]})
+
+    def _pinned(self, worker_id: str) -> list[ExpertId]:
+        """What the worker has and nobody else keeps; if dropped, it would have to be loaded again."""
+        resident = self.holders[worker_id].resident
+        cold = [expert for expert in self._cold_of(worker_id) if expert in resident]
+        return [*cold, *self._only_copies(worker_id), *sorted(self._kept[worker_id])]
+
+    def _cold_of(self, worker_id: str) -> list[ExpertId]:
+        return [expert for expert, host in self.cold.items() if host == worker_id]
 
     def _only_copies(self, worker_id: str) -> list[ExpertId]:
         """What the worker has, is not to have, and nobody has that is to: it waits to be taken over."""
         holder = self.holders[worker_id]
-        target = set() if holder.draining else self._target_of.get(worker_id, set())
+        target = [] if holder.draining else self._assigned.get(worker_id, [])
         return [
             expert
-            for expert in sorted(holder.resident - target)
+            for expert in sorted(holder.resident.difference(target))
             if self.cold.get(expert) != worker_id
             and not self._has_wanted_copy(expert)
             and not self._has_cold_copy(expert)
@@ -236,7 +244,7 @@ class Residency:
                         break
         return kept
 
-    def is_coming(self, expert: ExpertId) -> bool:
+    def is_being_loaded(self, expert: ExpertId) -> bool:
         """Whether a worker is to load it without anybody's doing."""
         ordered = any(expert in h.ordered for h in self.holders.values() if not h.draining)
         return ordered or expert in self.cold
@@ -248,20 +256,18 @@ class Residency:
     def _wanted(self, worker_id: str) -> list[ExpertId]:
         """What the worker shall hold in this state of the cluster, the most needed first, within its room."""
         holder = self.holders[worker_id]
-        cold = [expert for expert, w in self.cold.items() if w == worker_id]
+        cold = self._cold_of(worker_id)
         target = [] if holder.draining else self._assigned.get(worker_id, [])
-        only_copy = self._only_copies(worker_id)
         spare_copy = [e for e in sorted(holder.resident - {*cold, *target}) if self._misses_a_holder(e)]
-        # What is here and nowhere else makes way for nothing: it would have to be loaded again.
-        alone = [e for e in cold if e in holder.resident] + only_copy
-        alone += [expert for expert in target if expert in self._kept[worker_id]]
-        wanted = list(dict.fromkeys([*alone, *cold, *target, *spare_copy]))
+        pinned = self._pinned(worker_id)
+        wanted = list(dict.fromkeys([*pinned, *cold, *target, *spare_copy]))
         if holder.room is None or holder.draining:
             return wanted
         # A copy that waits to be taken over may go one beyond the budget: two full workers could not
         # exchange experts otherwise.
-        exchanges = bool(only_copy) or any(self._is_to_be_taken(e) for e in cold if e in holder.resident)
-        return wanted[: max(holder.room + exchanges, len(dict.fromkeys(alone)))]
+        exchanges = bool(self._only_copies(worker_id))
+        exchanges |= any(self._is_to_be_taken(expert) for expert in cold if expert in holder.resident)
+        return wanted[: max(holder.room + exchanges, len(set(pinned)))]
 
     def _is_to_be_taken(self, expert: ExpertId) -> bool:
         """Whether a wanted holder lives that has yet to load it."""
