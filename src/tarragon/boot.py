@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from tarragon.config import Config
+from tarragon.experts.memory import HostMemory
 from tarragon.messages import Role
 
 
@@ -30,6 +31,8 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     engine_args: tuple[str, ...] = ()
     """vLLM flags that the user passed through, for attention workers and the gateway."""
     threads: int = 1
+    expert_memory: HostMemory | None = None
+    """Where the host's expert workers share packed experts; None: each has copies of its own."""
 
     @property
     def orchestrator_address(self) -> str:

@@ -151,7 +151,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     # --- memory
     expert_memory_bytes_max: int = 0
-    """Budget of resident expert weights per expert worker; 0 means room for primaries and shadows."""
+    """Budget of resident expert weights per expert worker, shared or not; 0 means room for primaries and
+    shadows."""
+    share_expert_memory: bool = True
+    """Expert workers of a host read the same packed experts, which are in memory once. Off: every worker
+    loads and frees copies of its own, as workers have to whose devices have memory of their own."""
     shadow_replicas: int = 1
     """Inactive copies wanted for every expert, each on another worker than its primary (5.3)."""
     kv_cache_bytes: int = 1 << 30

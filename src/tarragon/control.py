@@ -29,7 +29,7 @@ from tarragon.transport.responder import ProbeResponder
 class WorkerControl(threading.Thread):
     """Says Hello, obeys the orchestrator, reports counters, and accepts connections in a thread beside it.
 
-    ``responder`` answers probes; the computing thread adds to its ``progress``.
+    ``responder`` answers probes; the computing thread beats its ``pulse``.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Does a peer live (section 5, appendix E)? A pure state machine: observations and the time come in.
 
-Whatever a peer sends is its heartbeat. While it owes something and is silent, it is probed; probes in a row
-without an answer are fail-stop. Answers carry the peer's progress: one that answers and does no work hangs
-just as well.
+Whatever a peer sends is its heartbeat, and so is work that it is seen to do. While it owes something and is
+silent, it is probed; probes in a row without an answer are fail-stop. Answers carry the peer's progress: one
+that answers and does no work hangs just as well.
 
 The watcher must not mistake its own absence for the peer's. It takes the time first, then takes up all
 that has arrived, and only then asks ``next``. One question counts one miss at most and every miss has its
@@ -94,6 +94,13 @@ class Watch:
         """The peer did what was expected of it, or began to owe something only now."""
         self._lives(now_us)
         self._progress, self._stalled_us = -1, 0
+
+    def worked(self, at_us: int, now_us: int) -> bool:
+        """The peer says that it did something at ``at_us`` (transport/pulse.py); returns if that is news."""
+        if at_us <= self._life_us:
+            return False
+        self.heard(min(at_us, now_us))
+        return True
 
     def answered(self, sequence: int, progress: int, now_us: int) -> None:
         """The answer to a probe; one that was never sent says nothing."""

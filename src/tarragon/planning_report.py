@@ -104,7 +104,7 @@ def _expert_worker(
         primaries=sum(held),
         shadows=len(held) - sum(held),
         weights_bytes=sum(held) * model.expert_bytes,
-        shadow_bytes=(len(held) - sum(held)) * model.expert_bytes,
+        shadow_bytes=0 if config.share_expert_memory else (len(held) - sum(held)) * model.expert_bytes,
         overhead_bytes=config.worker_overhead_bytes,
     )
 

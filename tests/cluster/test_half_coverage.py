@@ -23,12 +23,20 @@ EXPERT_WORKERS = 3
 BODIES = mixed_requests(8, seed=11, vocabulary=40_000, long_tokens=300, output_tokens=72)
 
 
-@pytest.fixture
-def tight(clusters: Clusters) -> Cluster:
-    """Each expert worker has room for its primaries and for half as many shadows."""
+@pytest.fixture(params=["own", "shared"])
+def tight(clusters: Clusters, request: pytest.FixtureRequest) -> Cluster:
+    """Each expert worker has room for its primaries and for half as many shadows.
+
+    A cold load reads and packs an expert into its own memory, or maps pages of the host's.
+    """
     shape = read_model(ensure_demo_model(layers=SMALL_LAYERS))
     primaries_bytes = shape.experts_total * shape.expert_bytes // EXPERT_WORKERS
-    cluster = clusters.get(2, EXPERT_WORKERS, expert_memory_bytes_max=int(1.55 * primaries_bytes))
+    cluster = clusters.get(
+        2,
+        EXPERT_WORKERS,
+        expert_memory_bytes_max=int(1.55 * primaries_bytes),
+        share_expert_memory=request.param == "shared",
+    )
     experts = cluster.wait_for("full_capacity", 120)["experts"]
     assert 0.4 * experts["total"] < experts["with_shadow"] < 0.6 * experts["total"], experts
     return cluster

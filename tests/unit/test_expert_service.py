@@ -54,7 +54,14 @@ def weights_of(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, Non
 def experts() -> ResidentExperts:
     current_platform.import_kernels()
     model: Any = SimpleNamespace(
-        moe_layers=tuple(range(LAYERS)), experts=EXPERTS, hidden=HIDDEN, dtype="bfloat16", activation="silu"
+        moe_layers=tuple(range(LAYERS)),
+        experts=EXPERTS,
+        hidden=HIDDEN,
+        intermediate=INTERMEDIATE,
+        has_bias=False,
+        expert_bytes=6 * HIDDEN * INTERMEDIATE,
+        dtype="bfloat16",
+        activation="silu",
     )
     weights: Any = SimpleNamespace(load=weights_of)
     found = ResidentExperts(model, weights)

@@ -561,7 +561,7 @@ def test_nobody_is_asked_who_owes_nothing() -> None:
         worker.stopped = True
         await asyncio.sleep(0.4)
         assert worker.probes == before
-        assert cluster.client.prober._watched["aw-0"]._timer is None
+        assert cluster.client.prober.is_idle
         assert cluster.lost == []
 
     run(test, **DETECTION)

@@ -167,3 +167,21 @@ def test_a_hang_is_always_found_within_the_bound(seed: int) -> None:
     assert isinstance(verdict, Failed)
     # The last answer may just have left; then silence, three intervals, and a late wake-up each.
     assert hangs_us < found_us <= hangs_us + (50 + 3 * 20 + 4) * MS
+
+
+def test_work_that_is_seen_is_a_sign_of_life_of_its_own_time() -> None:
+    watched = watch()
+    assert watched.worked(30 * MS, 50 * MS)
+    assert watched.next(50 * MS, True) == WaitUntil(80 * MS)
+    assert not watched.worked(30 * MS, 80 * MS), "nothing new"
+    assert watched.next(80 * MS, True) == Probe(1)
+    assert not watched.worked(30 * MS, 100 * MS)
+    assert watched.next(100 * MS, True) == Probe(2), "old work is no answer"
+    assert watched.worked(101 * MS, 102 * MS)
+    assert watched.next(102 * MS, True) == WaitUntil(151 * MS)
+
+
+def test_work_of_the_future_counts_for_no_more_than_now() -> None:
+    watched = watch()
+    assert watched.worked(1 << 60, 40 * MS)
+    assert watched.next(40 * MS, True) == WaitUntil(90 * MS)

@@ -107,8 +107,8 @@ def test_answers_carry_the_progress_of_that_moment() -> None:
     with responding() as responder, channel(responder) as asking:
         asking.send(1)
         assert answers(asking, 1) == [Answer(1, 0)]
-        responder.progress[0] += 1
-        responder.progress[0] += 1
+        responder.pulse.beat()
+        responder.pulse.beat()
         asking.send(2)
         asking.send(9)
         assert answers(asking, 2) == [Answer(2, 2), Answer(9, 2)]

@@ -45,7 +45,8 @@ def _worker(address: str, works: bool) -> None:
                 opened = probe_open(connection.recv(WAIT_S) or b"")
                 assert opened is not None
                 responder.adopt(connection, opened)
-            responder.progress[0] += works
+            if works:
+                responder.pulse.beat()
 
 
 @dataclass

@@ -30,6 +30,7 @@ from tarragon.agent.signals import STOP_SIGNALS, Interrupted, SignalInbox
 from tarragon.agent.vault import Vault
 from tarragon.boot import Boot, socket_address
 from tarragon.config import Config
+from tarragon.experts.memory import HostMemory
 from tarragon.messages import Alive, Role, SignalWorker, StartWorker, Stop, WorkerExited, WorkerStarted
 
 GENERATION_BITS: Final = 20
@@ -55,6 +56,7 @@ class NodeAgent:
         console: Callable[[], None] | None = None,
         check: Callable[[], None] | None = None,
         stop_with_pid: int = 0,
+        expert_memory: HostMemory | None = None,
     ) -> None:
         """``console`` runs in a child of its own and returns once the cluster is ready.
 
@@ -62,7 +64,8 @@ class NodeAgent:
         only vLLM can judge. Its ValueError ends the start with exit code 2.
 
         ``modules`` maps each role to the module whose ``main(boot)`` it runs. With
-        ``stop_with_pid`` the cluster ends when that process does.
+        ``stop_with_pid`` the cluster ends when that process does. ``expert_memory`` is taken over: expert
+        workers share it.
         """
         self._config = config
         self._polite = Politeness(config.replacement_nice, config.replacement_idle_s)
@@ -72,6 +75,7 @@ class NodeAgent:
         self._preload_names = preload_modules
         self._console = console
         self._check = check
+        self._expert_memory = expert_memory
         self._cluster = secrets.token_hex(8)
         self._secret = secrets.token_bytes(32)
         self._cores = len(os.sched_getaffinity(0))
@@ -267,6 +271,7 @@ class NodeAgent:
             config=self._config,
             engine_args=self._engine_args,
             threads=self._config.threads(role, self._cores) if role in ("attention", "expert") else 1,
+            expert_memory=self._expert_memory,
         )
         module = self._modules[role]
         computes = role in ("attention", "expert")
@@ -405,6 +410,8 @@ class NodeAgent:
         process.end_children()
         self._link.end()
         self._vault.close()
+        if self._expert_memory is not None:
+            self._expert_memory.close()
         self._selector.close()
         self._signals.close()
         if self._failure:

@@ -90,16 +90,22 @@ def memory_needed_bytes(config: Config, attention_bytes: int, expert_bytes: int)
     """Bytes that the cluster will use.
 
     ``attention_bytes`` are one attention worker's weights, ``expert_bytes``
-    all experts once; shadows lie on other workers than their primaries, so
-    there are at most as many copies as expert workers (5.3).
+    all experts once.
     """
-    copies = 1 + min(config.shadow_replicas, config.expert_workers - 1)
-    experts = expert_bytes * copies
+    experts = expert_bytes * copies_of_experts(config)
     if config.expert_memory_bytes_max:
         experts = min(experts, config.expert_memory_bytes_max * config.expert_workers)
     workers = config.attention_workers + config.expert_workers
     per_attention = attention_bytes + _copies_of_cache(config) * config.kv_cache_bytes_granted
     return experts + config.attention_workers * per_attention + workers * config.worker_overhead_bytes
+
+
+def copies_of_experts(config: Config) -> int:
+    """How often each expert is in memory: once if it is shared, else with its shadows.
+
+    Those lie on other workers than their primaries: at most as many copies as expert workers (5.3).
+    """
+    return 1 if config.share_expert_memory else 1 + min(config.shadow_replicas, config.expert_workers - 1)
 
 
 def memory_available_bytes(root: Path = Path("/")) -> int:
@@ -125,7 +131,7 @@ def check_memory(config: Config, attention_bytes: int, expert_bytes: int, availa
     needed = memory_needed_bytes(config, attention_bytes, expert_bytes)
     if needed > available_bytes:
         fitting = what_fits(config, attention_bytes, expert_bytes, available_bytes)
-        copies = 1 + min(config.shadow_replicas, config.expert_workers - 1)
+        copies = copies_of_experts(config)
         raise PreflightError(
             f"{_gb(needed)} of memory are needed ({_gb(expert_bytes)} of experts x {copies}, and "
             f"{config.attention_workers} x ({_gb(attention_bytes)} of other weights + "

@@ -46,7 +46,7 @@ class ControlThread(WorkerControl):
     def __init__(self, boot: Boot, refe: Refe, region: RegionShape) -> None:
         super().__init__(boot, frame_bytes_max=boot.config.engine_frame_bytes_max)
         self.refe, self.region = refe, region
-        refe.progress = self.responder.progress
+        refe.beat = self.responder.pulse.beat
         self.gateways: queue.SimpleQueue[tuple[Connection, bytes]] = queue.SimpleQueue()
         self._dialled: set[tuple[str, int]] = set()
         self._linked: set[tuple[str, int]] = set()

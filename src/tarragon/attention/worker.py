@@ -118,7 +118,7 @@ def serve(
 def _wait_for_requests(refe: Refe, requests: Requests, checkpoints: Checkpoints, poll: select.poll) -> None:
     """Nothing runs: nobody shall wait for this worker, and it waits until it is told something."""
     refe.end_step()
-    refe.progress[0] += 1  # waiting for a grammar is no hang
+    refe.beat()  # waiting for a grammar is no hang
     poll.poll(0 if requests.deferred else GRAMMAR_POLL_MS if checkpoints.resumer.waiting else None)
     refe.woken()
 
@@ -132,6 +132,6 @@ def _step(engine: Any, refe: Refe, checkpoints: Checkpoints) -> dict[int, Engine
     except ExpertUnreachable as error:
         return fail_step(engine, error)
     if not executed:
-        refe.progress[0] += 1  # nor is waiting for restored rows
+        refe.beat()  # nor is waiting for restored rows
         checkpoints.seat.wait_for_rows(ROWS_WAIT_S)
     return outputs

@@ -8,21 +8,18 @@ memory.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm import _custom_ops as ops
 
+from tarragon.experts import memory
+from tarragon.experts.memory import HostMemory
 from tarragon.messages import ExpertId
 from tarragon.models.expert_weights import ExpertWeights
 from tarragon.models.shape import MoeModel
-
-_MADV_POPULATE_WRITE: Final = 23
-_libc: Final = ctypes.CDLL(None)
 
 
 def kernel_isa(dtype: str) -> str:
@@ -31,52 +28,70 @@ def kernel_isa(dtype: str) -> str:
 
 
 class Slots:
-    """One tensor [E, ...] over anonymous memory: a slot per logical expert, pages only where filled."""
+    """One tensor [E, ...]: a slot per logical expert, and pages only where one is filled.
 
-    def __init__(self, experts: int, like: torch.Tensor) -> None:
+    In memory of this process alone, or in the host's, at an offset; ``like`` has one expert's shape and type.
+    """
+
+    def __init__(self, experts: int, like: torch.Tensor, host: tuple[mmap.mmap, int] | None = None) -> None:
         self._slot_bytes = like.nbytes
-        # Private: pages of shared memory, which is what mmap gives by itself, stay when they are released.
-        self._memory = mmap.mmap(-1, experts * self._slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.tensor = torch.frombuffer(self._memory, dtype=like.dtype).view(experts, *like.shape)
+        self._is_shared = host is not None
+        # Private: pages of shared memory stay when one process releases them.
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory, self._offset = host or (mmap.mmap(-1, experts * self._slot_bytes, flags=private), 0)
+        flat = torch.frombuffer(
+            self._memory, dtype=like.dtype, count=experts * like.numel(), offset=self._offset
+        )
+        self.tensor = flat.view(experts, *like.shape)
 
     def fill(self, expert: int, value: torch.Tensor) -> None:
-        self.tensor[expert].copy_(value)
-
-    def _populate(self, expert: int) -> None:
-        """Have the slot's pages at once: a fault for each costs more than filling them."""
-        page = mmap.PAGESIZE
-        start = expert * self._slot_bytes // page * page
-        length = (expert + 1) * self._slot_bytes - start
-        # Not by ``mmap.madvise``, which keeps the interpreter's lock. Kernels before 5.14 refuse, then every
-        # page has its fault.
-        address = self.tensor.data_ptr() + start
-        _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+        if not self._is_shared:
+            self.tensor[expert].copy_(value)
+            return
+        with memory.writable(self._address(expert), self._slot_bytes):
+            self._populate(expert, write=True)
+            self.tensor[expert].copy_(value)
 
     def pack(self, expert: int, weight: torch.Tensor, isa: str) -> None:
-        """Lay a matrix out as the kernel reads it, right where the kernel will read it."""
-        self._populate(expert)
-        torch.ops._C.prepack_moe_weight(
-            weight.unsqueeze(0).contiguous(), self.tensor[expert : expert + 1], isa
-        )
+        """Lay a matrix out as the kernel reads it."""
+        source, target = weight.unsqueeze(0).contiguous(), self.tensor[expert : expert + 1]
+        if self._is_shared:
+            # Others may compute with what somebody else has packed here: they must find nothing but the
+            # final bytes, at any moment.
+            target = torch.empty_like(target)
+        else:
+            self._populate(expert, write=True)  # right where the kernel will read it
+        torch.ops._C.prepack_moe_weight(source, target, isa)
+        if self._is_shared:
+            self.fill(expert, target[0])
+
+    def have(self, expert: int) -> None:
+        """Map the pages of what is packed."""
+        self._populate(expert, write=False)
 
     def release(self, expert: int) -> None:
-        """Give the slot's whole pages back to the system."""
+        """Give the slot's whole pages back to the system; those of the host are only unmapped."""
         page = mmap.PAGESIZE
-        start = -(-expert * self._slot_bytes // page) * page
-        end = (expert + 1) * self._slot_bytes // page * page
+        start = -(-(self._offset + expert * self._slot_bytes) // page) * page
+        end = (self._offset + (expert + 1) * self._slot_bytes) // page * page
         if end > start:
             self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
+    def _populate(self, expert: int, *, write: bool) -> None:
+        memory.populate(self._address(expert), self._slot_bytes, write=write)
 
-@dataclass(frozen=True)
-class _LayerWeights:
+    def _address(self, expert: int) -> int:
+        return self.tensor.data_ptr() + expert * self._slot_bytes
+
+
+class _LayerWeights(NamedTuple):
     w13: Slots
     w2: Slots
-    b13: Slots | None
-    b2: Slots | None
+    b13: Slots | None = None
+    b2: Slots | None = None
 
     def present(self) -> list[Slots]:
-        return [slots for slots in (self.w13, self.w2, self.b13, self.b2) if slots is not None]
+        return [slots for slots in self if slots is not None]
 
 
 class ResidentExperts:
@@ -86,14 +101,16 @@ class ResidentExperts:
     because a slot is published (``resident``) only after its weights are complete.
     """
 
-    def __init__(self, model: MoeModel, weights: ExpertWeights) -> None:
+    def __init__(self, model: MoeModel, weights: ExpertWeights, host: HostMemory | None = None) -> None:
+        """``host``: memory that the host's expert workers share; None: every expert is a copy of our own."""
         self.model = model
         self._weights = weights
+        self._host = host
         self._isa = kernel_isa(model.dtype)
         if self._isa == "amx":
             # Without it the first tile instruction kills the process.
             torch.cpu._init_amx()
-        self._layers: list[_LayerWeights | None] = [None] * len(model.moe_layers)
+        self._layers = [self._reserve(position) for position in range(len(model.moe_layers))]
         self.resident = torch.zeros(len(model.moe_layers), model.experts, dtype=torch.bool)
         self._resident_array = self.resident.numpy()
         self._ones = torch.ones(1, 1, dtype=torch.float32)
@@ -103,44 +120,43 @@ class ResidentExperts:
         return bool(self._resident_array[position][expert_ids].all())
 
     def load(self, expert: ExpertId) -> int:
-        """Read, pack and publish one expert; returns its bytes. Loading it twice is harmless."""
+        """Have one expert, packed, and publish it; returns its bytes. Loading it twice is harmless."""
         if self.resident[expert.layer, expert.expert]:
             return 0
-        w13, w2, b13, b2 = self._weights.load(expert.layer, expert.expert)
-        layer = self._layers[expert.layer] or self._reserve(expert.layer, w13, w2, b13, b2)
+        if self._host is not None and self._host.is_packed(expert):
+            for slots in self._layers[expert.layer].present():
+                slots.have(expert.expert)
+        else:
+            self._pack(expert)
+        self.resident[expert.layer, expert.expert] = True
+        return self.model.expert_bytes
+
+    def _pack(self, expert: ExpertId) -> None:
+        """Read the expert and lay it out."""
+        w13, w2, *biases = self._weights.load(expert.layer, expert.expert)
+        layer = self._layers[expert.layer]
         layer.w13.pack(expert.expert, w13, self._isa)
         layer.w2.pack(expert.expert, w2, self._isa)
-        for slots, bias in ((layer.b13, b13), (layer.b2, b2)):
+        for slots, bias in zip((layer.b13, layer.b2), biases, strict=True):
             if slots is not None and bias is not None:
                 slots.fill(expert.expert, bias)
-        self.resident[expert.layer, expert.expert] = True
-        return sum(part.nbytes for part in (w13, w2, b13, b2) if part is not None)
+        if self._host is not None:
+            self._host.set_packed(expert)
 
     def unload(self, expert: ExpertId) -> None:
         """Forget an expert and give its memory back; the caller knows that no row for it can be under way."""
         self.resident[expert.layer, expert.expert] = False
-        layer = self._layers[expert.layer]
-        if layer is not None:
-            for slots in layer.present():
-                slots.release(expert.expert)
+        for slots in self._layers[expert.layer].present():
+            slots.release(expert.expert)
 
-    def _reserve(
-        self,
-        position: int,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        b13: torch.Tensor | None,
-        b2: torch.Tensor | None,
-    ) -> _LayerWeights:
-        experts = self.model.experts
-        layer = _LayerWeights(
-            w13=Slots(experts, w13),
-            w2=Slots(experts, w2),
-            b13=None if b13 is None else Slots(experts, b13),
-            b2=None if b2 is None else Slots(experts, b2),
-        )
-        self._layers[position] = layer
-        return layer
+    def _reserve(self, position: int) -> _LayerWeights:
+        model, host = self.model, self._host
+        found = []
+        for part, shape in enumerate(memory.part_shapes(model)):
+            like = torch.empty(shape, dtype=getattr(torch, model.dtype), device="meta")
+            place = None if host is None else (host.slots, host.offset(position, part))
+            found.append(Slots(model.experts, like, place))
+        return _LayerWeights(*found)
 
     def run(self, position: int, rows: torch.Tensor, expert_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Compute one row per (token, expert) pair.
@@ -153,7 +169,6 @@ class ResidentExperts:
         """
         pairs = rows.shape[0]
         layer = self._layers[position]
-        assert layer is not None, "a batch for a layer without resident experts"
         if self._ones.shape[0] < pairs:
             self._ones = torch.ones(pairs, 1, dtype=torch.float32)
         ops.cpu_fused_moe(

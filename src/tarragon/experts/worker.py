@@ -33,7 +33,7 @@ def main(boot: Boot) -> None:
     spawn_undertaker()
     _import_kernels()
     model = read_model(boot.model)
-    experts = ResidentExperts(model, ExpertWeights(model))
+    experts = ResidentExperts(model, ExpertWeights(model), boot.expert_memory)
     service = ExpertService(boot, experts)
     control = ControlThread(boot, experts, fingerprint(model), service.report)
     control.on_failpoint = service.arm
@@ -108,9 +108,9 @@ class ExpertService:
 
     def serve(self, control: ControlThread) -> None:
         self._poll.register(control.wake_fd, select.EPOLLIN)
-        progress = control.responder.progress
+        beat = control.responder.pulse.beat
         while not control.stopping.is_set():
-            progress[0] += 1  # once a batch, and now and then when there is none: no wedge goes unseen
+            beat()  # once a batch, and now and then when there is none: no wedge goes unseen
             action = self._batcher.next_action(_now_us())
             if isinstance(action, RunBatch):
                 self._run(action)

@@ -1,7 +1,8 @@
-"""Does an attention worker that owes tokens still work? A probe channel beside its link tells (section 5).
+"""Does an attention worker that owes tokens work? Its pulse tells, and if that stops, a probe (section 5).
 
-A worker that dies closes its link; one that is stopped, hangs or is cut off does not. While it owes nothing,
-nothing is asked and no timer runs.
+A worker that dies closes its link; one that is stopped, hangs or is cut off does not. While all that owe
+something work, this wakes once per ``probe_silence_ms``, reads a number of each and asks nobody. While nobody
+owes anything, no timer runs.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 
 from tarragon.boot import Boot
 from tarragon.config import WORKER_REDIAL_PAUSE_S_MAX, WORKER_REDIAL_PAUSE_S_MIN
-from tarragon.liveness import Failed, Probe, Verdict, WaitUntil, Watch
-from tarragon.messages import Peer, ProbeAccepted, ProbeOpen, ProtocolError
-from tarragon.transport.local import dial_async
-from tarragon.transport.probe import PROBE_OPEN_BYTES_MAX, ProbeChannel, ProbeRefused
+from tarragon.liveness import NEVER_US, Failed, Probe, Verdict, WaitUntil, Watch
+from tarragon.messages import Peer, ProtocolError
+from tarragon.transport.probe import ProbeChannel
 
 
 class Prober:
@@ -30,15 +31,24 @@ class Prober:
         self._on_failed = on_failed
         self._watched: dict[str, _Watched] = {}
         self._enabled = True
+        self._timer: asyncio.TimerHandle | None = None
+        self._due_us = NEVER_US
 
     @property
     def watched(self) -> list[str]:
         """Ids of the workers that can be probed."""
         return sorted(name for name, watched in self._watched.items() if watched.channel is not None)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is waited for, and no timer runs."""
+        return self._timer is None
+
     def link_up(self, peer: Peer) -> None:
         assert peer.worker_id not in self._watched, peer.worker_id
-        self._watched[peer.worker_id] = _Watched(self._boot, peer, self._owes, self._on_failed)
+        owes = partial(self._owes, peer.worker_id)
+        failed = partial(self._on_failed, peer.worker_id)
+        self._watched[peer.worker_id] = _Watched(self._boot, peer, owes, failed, self.arm)
 
     def link_down(self, worker_id: str) -> None:
         watched = self._watched.pop(worker_id, None)
@@ -54,48 +64,58 @@ class Prober:
     def arm(self) -> None:
         """To be called after anything that may have made a worker owe outputs."""
         if self._enabled:
-            for watched in self._watched.values():
-                watched.arm()
+            self._look([watched for watched in self._watched.values() if not watched.is_waited_for])
 
     def enable(self, enabled: bool) -> None:
         """Whether silent workers are probed from now on."""
         self._enabled = enabled
         for watched in self._watched.values():
-            watched.rest()
+            watched.is_waited_for = False
         self.arm()
+
+    def _on_time(self) -> None:
+        self._timer, self._due_us = None, NEVER_US
+        self._look([watched for watched in self._watched.values() if watched.is_waited_for])
+
+    def _look(self, watched: list[_Watched]) -> None:
+        """Look after these, and come back when the first of them asks for it."""
+        due_us = min((one.look() for one in watched), default=NEVER_US)
+        if due_us >= self._due_us:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due_us = due_us
+        delay_s = max(0.0, (due_us - now_us()) / 1e6)
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_time)
 
 
 class _Watched:
     """One worker's incarnation: its channel, kept open in the background, and its watch."""
 
     def __init__(
-        self, boot: Boot, peer: Peer, owes: Callable[[str], bool], on_failed: Callable[[str, str], None]
+        self,
+        boot: Boot,
+        peer: Peer,
+        owes: Callable[[], bool],
+        on_failed: Callable[[str], None],
+        on_open: Callable[[], None],
     ) -> None:
         self.channel: ProbeChannel | None = None
         self.watch = Watch(boot.config, now_us(), boot.config.attention_step_ms_max)
+        self.is_waited_for = False
+        """Whether it owed something when it was last looked after."""
         self._boot = boot
         self._peer = peer
         self._owes = owes
         self._on_failed = on_failed
+        self._on_open = on_open
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
         self._ended = asyncio.Event()
         self._task = self._loop.create_task(self._keep_open(), name=f"probes {peer.worker_id}")
 
     def close(self) -> None:
         self._task.cancel()
         self._drop()
-
-    def arm(self) -> None:
-        """Start the timer if there is something to wait for; it stops by itself."""
-        if self._timer is None and self.channel is not None and self._owes(self._peer.worker_id):
-            self._ask()
-
-    def rest(self) -> None:
-        """Stop the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     # ------------------------------------------------------------------ the channel
 
@@ -107,7 +127,7 @@ class _Watched:
                 pause_s = WORKER_REDIAL_PAUSE_S_MIN
                 self._ended.clear()
                 self._loop.add_reader(self.channel.fileno(), self._take_answers)
-                self.arm()
+                self._on_open()
                 await self._ended.wait()
                 self._drop()
             except (OSError, TimeoutError, ProtocolError):
@@ -116,29 +136,27 @@ class _Watched:
             pause_s = min(2 * pause_s, WORKER_REDIAL_PAUSE_S_MAX)
 
     async def _open(self) -> ProbeChannel:
-        """Dial, and wait until probes will be answered; raises as the transport does, and ProbeRefused."""
-        boot, peer = self._boot, self._peer
-        async with asyncio.timeout(boot.config.probe_open_timeout_s):
-            connection = await dial_async(
-                peer.address,
-                boot.secret,
-                timeout_s=boot.config.probe_open_timeout_s,
-                frame_bytes_max=PROBE_OPEN_BYTES_MAX,
-            )
-            try:
-                await connection.send_control(
-                    ProbeOpen(sender_id=boot.worker_id, sender_epoch=boot.epoch, receiver_epoch=peer.epoch)
-                )
-                reply = await connection.recv_control()
-                if reply != ProbeAccepted(epoch=peer.epoch):
-                    raise ProbeRefused("it hung up" if reply is None else f"it answered {reply}")
-            except BaseException:
-                connection.close()
-                raise
-        return ProbeChannel(connection.sock, peer.epoch)
+        """Dial, and wait until probes will be answered: in a thread, as it blocks. Raises as that does."""
+        opening = self._loop.run_in_executor(
+            None,
+            partial(
+                ProbeChannel.open,
+                self._peer.address,
+                self._boot.secret,
+                sender_id=self._boot.worker_id,
+                sender_epoch=self._boot.epoch,
+                receiver_epoch=self._peer.epoch,
+                timeout_s=self._boot.config.probe_open_timeout_s,
+            ),
+        )
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_unused)
+            raise
 
     def _drop(self) -> None:
-        self.rest()
+        self.is_waited_for = False
         if self.channel is not None:
             if self.channel.fileno() >= 0:
                 self._loop.remove_reader(self.channel.fileno())
@@ -158,22 +176,23 @@ class _Watched:
 
     # ------------------------------------------------------------------ the question
 
-    def _ask(self) -> None:
-        """Ask the watch what to do, do it, and come back when it says so."""
-        self._timer = None
-        verdict = self._verdict()
+    def look(self) -> int:
+        """See whether it works, ask it if that is due; returns when to look again (us)."""
+        verdict = self._verdict(self._owes())
+        wake_us = verdict.deadline_us if isinstance(verdict, WaitUntil) else NEVER_US
+        self.is_waited_for = wake_us < NEVER_US
         if isinstance(verdict, Failed):
-            self._on_failed(self._peer.worker_id, verdict.cause)
-        elif isinstance(verdict, WaitUntil) and self._owes(self._peer.worker_id):
-            delay_s = max(0.0, (verdict.deadline_us - now_us()) / 1e6)
-            self._timer = self._loop.call_later(delay_s, self._ask)
+            self._on_failed(verdict.cause)
+        return wake_us
 
-    def _verdict(self) -> Verdict | None:
-        """Send the probes that are due; None once the channel is over."""
+    def _verdict(self, owes: bool) -> Verdict | None:
+        """Send the probes that are due; None without a channel."""
         now = now_us()
-        self._take_answers()
+        pulse = None if self.channel is None else self.channel.pulse
+        if owes and (pulse is None or not self.watch.worked(pulse.at_us, now)):
+            self._take_answers()
         while self.channel is not None and not self.channel.eof:
-            verdict = self.watch.next(now, self._owes(self._peer.worker_id))
+            verdict = self.watch.next(now, owes)
             if not isinstance(verdict, Probe):
                 return verdict
             try:
@@ -181,6 +200,11 @@ class _Watched:
             except ConnectionError:
                 self._ended.set()
         return None
+
+
+def _close_unused(opening: asyncio.Future[ProbeChannel]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def now_us() -> int:

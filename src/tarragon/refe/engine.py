@@ -17,7 +17,6 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tarragon import native
@@ -76,8 +75,8 @@ class Refe:
         self.counters = RefeCounters()
         self.traffic: TrafficRing | None = None
         """Records what moves and when, if that was asked for (fig. 8)."""
-        self.progress: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
-        """Counts layers and waits for experts: whoever probes this worker sees that it works."""
+        self.beat: Callable[[], None] = lambda: None
+        """Called for every layer and wait for experts: whoever watches this worker sees that it works."""
         self._on_table = on_table
         self._before_table: set[int] = set()
         """Slots that still compute rows which went out under an older table."""
@@ -128,7 +127,7 @@ class Refe:
         """Announce a forward pass over ``tokens`` rows; ``end_step`` says that none follows."""
         self.take_posts()
         self._links.let_go()
-        self.progress[0] += 1
+        self.beat()
         self._step += 1
         self._flags = DataFlag.NONE
         if tokens * self.top_k > self.config.decode_pairs_max:
@@ -174,7 +173,7 @@ class Refe:
         """
         start = time.monotonic()
         self.take_posts()
-        self.progress[0] += 1
+        self.beat()
         replayed_pairs = self.counters.replayed_pairs
         pairs = expert_ids.numel()
         work = Layer(layer_id, expert_ids, token_embeddings, self._pair_slot[:pairs], self._pair_row[:pairs])
@@ -268,7 +267,7 @@ class Refe:
 
     def _question(self, sent_s: float) -> tuple[float, list[int]]:
         """Answers are late: probe who owes them. Returns when to ask again, and slots that died."""
-        self.progress[0] += 1
+        self.beat()
         # A slot whose link was dropped in this very turn still owes, until its rows are replayed.
         owing = sorted(self._exchange.owing & set(self._links.live))
         wake_us, lost = self._links.question(owing, int(sent_s * 1e6))
@@ -413,7 +412,7 @@ class Refe:
 
         That there is none may also mean that all expert workers have given this worker up.
         """
-        self.progress[0] += 1
+        self.beat()
         self.on_unreachable()
         remaining = deadline - time.monotonic()
         if remaining <= 0:

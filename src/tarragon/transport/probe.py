@@ -14,7 +14,9 @@ import time
 from typing import ClassVar, Final, NamedTuple
 
 from tarragon.messages import ProbeAccepted, ProbeOpen, ProtocolError, Refused, decode_control
+from tarragon.transport.connection import Connection
 from tarragon.transport.local import dial
+from tarragon.transport.pulse import PulseView
 from tarragon.transport.sockets import SEND_FLAGS, hang_up
 
 PROBE_MAGIC: Final = 0x50524754  # "TGRP"
@@ -62,15 +64,37 @@ def probe_open(first_frame: bytes) -> ProbeOpen | None:
     return message if isinstance(message, ProbeOpen) else None
 
 
+def _accepted(connection: Connection, epoch: int, timeout_s: float) -> PulseView | None:
+    """The reply to ``ProbeOpen``, and the pulse that came with it. Raises as ``ProbeChannel.open`` does."""
+    raw, descriptors = connection.recv_with_fds(timeout_s)
+    views = []
+    try:
+        reply = decode_control(raw)
+        if isinstance(reply, Refused):
+            raise ProbeRefused(reply.reason)
+        if reply != ProbeAccepted(epoch=epoch):
+            raise ProbeRefused(f"unexpected reply {type(reply).__name__}")
+        if len(descriptors) > 1:
+            raise ProbeRefused(f"a reply with {len(descriptors)} descriptors, expected 1 at most")
+        if descriptors:
+            views.append(PulseView(descriptors.pop()))
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return views[0] if views else None
+
+
 class ProbeChannel:
     """The asking side; no call but ``open`` ever waits. ``eof``: no answer will come any more."""
 
     malformed: ClassVar[int] = 0
     """Channels that this process ended because what came was no answer of the one that was asked."""
 
-    def __init__(self, sock: socket.socket, receiver_epoch: int) -> None:
+    def __init__(self, sock: socket.socket, receiver_epoch: int, pulse: PulseView | None = None) -> None:
         self.sock = sock
         self.receiver_epoch = receiver_epoch
+        self.pulse = pulse
+        """Where to see the worker work, without asking; None if it shares no memory with this process."""
         self.eof = False
         self.end_cause = ""
         self._owner_pid = os.getpid()
@@ -96,17 +120,11 @@ class ProbeChannel:
             connection.send_control(
                 ProbeOpen(sender_id=sender_id, sender_epoch=sender_epoch, receiver_epoch=receiver_epoch)
             )
-            reply = connection.recv_control(max(0.0, deadline_s - time.monotonic()))
-            if isinstance(reply, Refused):
-                raise ProbeRefused(reply.reason)
-            if reply is None:
-                raise ConnectionResetError("the worker is gone")
-            if reply != ProbeAccepted(epoch=receiver_epoch):
-                raise ProbeRefused(f"unexpected reply {type(reply).__name__}")
+            pulse = _accepted(connection, receiver_epoch, max(0.0, deadline_s - time.monotonic()))
         except BaseException:
             connection.close()
             raise
-        return ProbeChannel(connection.sock, receiver_epoch)
+        return ProbeChannel(connection.sock, receiver_epoch, pulse)
 
     def fileno(self) -> int:
         """For poll: readable means that ``recv_ready`` returns answers or sets ``eof``."""
@@ -162,6 +180,9 @@ class ProbeChannel:
     def close(self) -> None:
         """Close; twice is harmless."""
         self._end("closed")
+        if self.pulse is not None:
+            self.pulse.close()
+            self.pulse = None
         hang_up(self.sock, self._owner_pid)
 
     def _end(self, cause: str) -> None:

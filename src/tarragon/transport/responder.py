@@ -10,13 +10,13 @@ from contextlib import suppress
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tarragon import native
 from tarragon.config import PROBE_CHANNELS_MAX
-from tarragon.messages import ProbeAccepted, ProbeOpen, Refused
+from tarragon.messages import ProbeAccepted, ProbeOpen, Refused, encode_control
 from tarragon.transport.connection import Connection
+from tarragon.transport.pulse import Pulse
 
 _THREAD_NAME: Final = "probe"
 
@@ -38,7 +38,8 @@ def _hurry() -> bool:
 class ProbeResponder:
     """The answering side: one native thread per process, which needs no interpreter lock.
 
-    ``progress`` is a uint64 [1]; the computing thread adds to it with every unit of work it has done.
+    The computing thread calls ``pulse.beat`` with every unit of work that it has done: answers carry how many
+    there were, and who asks is given the page to look by itself.
     ``refused`` counts connections that were not for this incarnation. Raises ValueError if the process has
     one already.
     """
@@ -46,9 +47,13 @@ class ProbeResponder:
     def __init__(self, epoch: int, *, channels_max: int = PROBE_CHANNELS_MAX) -> None:
         self.epoch = epoch
         self.refused = 0
-        self.progress: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
+        self.pulse = Pulse()
         # The tensor shares the array's memory, and the native side keeps it.
-        native.probe_start(torch.from_numpy(self.progress.view(np.int64)), epoch, channels_max)
+        try:
+            native.probe_start(torch.from_numpy(self.pulse.beats.view(np.int64)), epoch, channels_max)
+        except BaseException:
+            self.pulse.close()
+            raise
         self.realtime = _hurry()
         """Whether the thread goes before all others: where that is allowed, no load delays an answer."""
 
@@ -60,7 +65,7 @@ class ProbeResponder:
                 reason = f"the probe is for epoch {opened.receiver_epoch}, but this worker is {self.epoch}"
                 connection.send_control(Refused(reason=reason))
                 return False
-            connection.send_control(ProbeAccepted(epoch=self.epoch))
+            connection.send_with_fd(encode_control(ProbeAccepted(epoch=self.epoch)), self.pulse.fd)
             # Handed over, not duplicated: a second descriptor would keep the channel in the native thread's
             # epoll set after that thread has closed its own.
             native.probe_adopt(connection.sock.detach())
@@ -85,3 +90,4 @@ class ProbeResponder:
     def close(self) -> None:
         """End the thread and its channels."""
         native.probe_stop()
+        self.pulse.close()

@@ -1,0 +1,105 @@
+"""Where do the packed experts of a host lie? Once, in memory that all its expert workers map.
+
+The node agent makes it before it forks anybody; it has no name, outlives every worker and ends with the
+agent. Whoever needs an expert first packs it there; for all others it is a matter of mapping pages. So a
+worker that dies has no weights to free, its replacement has none to load, and a shadow costs no memory.
+
+It is one more thing that workers of a host have in common, so nobody can write to it by mistake: it is mapped
+read-only, except for the pages of a slot while that is filled, and what is written then is the same whoever
+writes it. Workers that each have a device's memory of their own cannot share: there, and with
+``share_expert_memory`` off, every worker holds copies (5.3).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from tarragon.messages import ExpertId
+from tarragon.models.shape import DTYPE_BYTES, MoeModel
+
+_MADV_POPULATE_READ: Final = 22
+_MADV_POPULATE_WRITE: Final = 23
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def part_shapes(model: MoeModel) -> list[tuple[int, ...]]:
+    """Shapes of one expert's w13 and w2, and of b13 and b2 if it has biases."""
+    hidden, intermediate = model.hidden, model.intermediate
+    weights: list[tuple[int, ...]] = [(2 * intermediate, hidden), (hidden, intermediate)]
+    return weights + ([(2 * intermediate,), (hidden,)] if model.has_bias else [])
+
+
+class HostMemory:
+    """Room for every expert of a model; sparse, so what nobody packed takes no memory.
+
+    Raises OSError if the system does not grant that much.
+    """
+
+    def __init__(self, model: MoeModel) -> None:
+        self._experts = model.experts
+        item = DTYPE_BYTES[model.dtype]
+        sizes = [math.prod(shape) * item * model.experts for shape in part_shapes(model)]
+        self._part_bytes = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]
+        self.slots = mmap.mmap(-1, len(model.moe_layers) * sum(self._part_bytes))
+        protect(address_of(self.slots), len(self.slots), mmap.PROT_READ)
+        self._packed = mmap.mmap(-1, len(model.moe_layers) * model.experts)
+
+    def offset(self, layer: int, part: int) -> int:
+        """Where in ``slots`` a layer's tensor [E, ...] of this part begins; parts as in ``part_shapes``."""
+        return layer * sum(self._part_bytes) + sum(self._part_bytes[:part])
+
+    def is_packed(self, expert: ExpertId) -> bool:
+        """Whether all of its parts are there, complete."""
+        return bool(self._packed[expert.layer * self._experts + expert.expert])
+
+    def set_packed(self, expert: ExpertId) -> None:
+        """To be called after its last byte was written: it stays so for good."""
+        self._packed[expert.layer * self._experts + expert.expert] = 1
+
+    def close(self) -> None:
+        """Unmap it in this process."""
+        self.slots.close()
+        self._packed.close()
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def pages(address: int, size_bytes: int) -> tuple[int, int]:
+    """Address and length of the pages that hold these bytes."""
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    return start, address + size_bytes - start
+
+
+def populate(address: int, size_bytes: int, *, write: bool) -> None:
+    """Have the pages at once, to be written to or as they are: a fault for each costs more than filling them.
+
+    Not by ``mmap.madvise``, which keeps the interpreter's lock. Kernels before 5.14 refuse, then every page
+    has its fault.
+    """
+    start, length = pages(address, size_bytes)
+    advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+
+
+def protect(address: int, size_bytes: int, protection: int) -> None:
+    """Let this process's pages with these bytes be read, or written to as well. Raises OSError."""
+    start, length = pages(address, size_bytes)
+    if _libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(length), protection):
+        raise OSError(ctypes.get_errno(), "the protection of expert memory cannot be changed")
+
+
+@contextmanager
+def writable(address: int, size_bytes: int) -> Iterator[None]:
+    """Let this process write to these bytes during the block."""
+    protect(address, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+    try:
+        yield
+    finally:
+        protect(address, size_bytes, mmap.PROT_READ)
