@@ -186,7 +186,6 @@ def _serve(config: Config, model: str, engine_args: list[str], started_s: float)
     if not preflight.certainly_pass(engine_args):  # what is wrong is said before anything is started
         _check_with_vllm(config, folder, shape.dtype, engine_args)
     from tarragon.agent.agent import NodeAgent
-    from tarragon.experts.memory import HostMemory
 
     agent = NodeAgent(
         config,
@@ -195,7 +194,7 @@ def _serve(config: Config, model: str, engine_args: list[str], started_s: float)
         console=partial(console.watch, config, started_s),
         check=partial(_check_with_vllm, config, folder, shape.dtype, engine_args),
         stop_with_pid=int(os.environ.get(environment.STOP_WITH_PID, 0)),
-        expert_memory=HostMemory(shape) if config.share_expert_memory else None,
+        expert_memory=preflight.expert_memory(config, shape),
     )
     return agent.run()
 

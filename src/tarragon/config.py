@@ -315,7 +315,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     serves does not wait for the end of its slice. Then it has its share, so that it starts on a busy machine
     too. Needs CAP_SYS_NICE."""
     worker_overhead_bytes: int = 512 << 20
-    """Private memory of one worker besides weights and KV cache, for the check before the start."""
+    """Memory of one worker's own besides weights and KV cache, for the check before the start."""
     log_line_bytes_max: int = 8_192
     """Longer lines of a worker's output are cut in pieces."""
     log_format: str = "text"

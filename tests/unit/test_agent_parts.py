@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tarragon.agent import environment, preflight
 from tarragon.agent.console import progress_text, reachable_host, ready_line
@@ -149,7 +153,9 @@ def test_memory_counts_shadows_caches_and_overhead() -> None:
     config = Config(
         attention_workers=2, expert_workers=3, kv_cache_bytes=5, worker_overhead_bytes=100, shadow_replicas=1
     )
-    assert preflight.memory_needed_bytes(config, attention_bytes=10, expert_bytes=1000) == 2000 + 40 + 500
+    assert preflight.memory_needed_bytes(config, attention_bytes=10, expert_bytes=1000) == 1000 + 40 + 500
+    apart = replace(config, share_expert_memory=False)
+    assert preflight.memory_needed_bytes(apart, attention_bytes=10, expert_bytes=1000) == 2000 + 40 + 500
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,7 @@ def test_there_are_at_most_as_many_copies_as_expert_workers(
         kv_cache_bytes=0,
         worker_overhead_bytes=0,
         shadow_replicas=replicas,
+        share_expert_memory=False,
     )
     assert preflight.memory_needed_bytes(config, attention_bytes=0, expert_bytes=7) == 7 * copies
 
@@ -175,18 +182,30 @@ def test_a_budget_of_expert_memory_bounds_what_is_needed() -> None:
         kv_cache_bytes=0,
         worker_overhead_bytes=0,
         expert_memory_bytes_max=6,
+        share_expert_memory=False,
     )
     assert preflight.memory_needed_bytes(config, attention_bytes=0, expert_bytes=10) == 12
 
 
 def test_too_little_memory_is_one_sentence_with_the_numbers() -> None:
-    config = Config(kv_cache_bytes=GIB)
+    config = Config(kv_cache_bytes=GIB, share_expert_memory=False)
     with pytest.raises(
         preflight.PreflightError, match=r"4\.0 GB of experts x 2, .* 3\.0 GB are available"
     ) as raised:
         preflight.check_memory(config, 10**9, 4 * 10**9, 3 * 10**9)
     assert "\n" not in str(raised.value)
     preflight.check_memory(config, 10**9, 4 * 10**9, 100 * 10**9)
+
+
+def test_memory_that_the_system_does_not_grant_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_model: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(preflight, "HostMemory", refuse)
+    model: Any = SimpleNamespace(experts_total=1000, expert_bytes=10**9)
+    with pytest.raises(preflight.PreflightError, match=r"not grant 1000\.0 GB .*--no-share-expert-memory"):
+        preflight.expert_memory(Config(), model)
+    assert preflight.expert_memory(Config(share_expert_memory=False), model) is None
 
 
 def test_available_memory_is_the_less_of_the_kernels_and_the_cgroups(tmp_path: Path) -> None:

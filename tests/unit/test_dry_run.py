@@ -41,6 +41,7 @@ def test_the_memory_of_the_workers_adds_up_to_what_the_start_checks(model: MoeMo
         {"expert_workers": 1},
         {"checkpoint_mode": "none"},
         {"checkpoint_bytes_max": GB},
+        {"share_expert_memory": False, "expert_workers": 3},
     ):
         found = planned(model, **settings)
         experts_bytes = model.experts_total * model.expert_bytes
@@ -58,7 +59,11 @@ def test_every_expert_has_a_primary_and_its_shadow_elsewhere(model: MoeModel) ->
     assert sum(worker.primaries for worker in experts) == model.experts_total
     assert sum(worker.shadows for worker in experts) == model.experts_total
     assert all(worker.weights_bytes == worker.primaries * model.expert_bytes for worker in experts)
-    assert all(worker.shadow_bytes == worker.shadows * model.expert_bytes for worker in experts)
+    assert all(worker.shadow_bytes == 0 for worker in experts), "they share one copy"
+    apart = planned(model, attention_workers=1, expert_workers=3, share_expert_memory=False)
+    assert [worker.shadow_bytes for worker in apart.workers if worker.role == "expert"] == [
+        worker.shadows * model.expert_bytes for worker in experts
+    ]
     assert by_id["aw-0"].kv_cache_bytes == by_id["aw-0"].checkpoint_bytes == Config().kv_cache_bytes
 
 
@@ -71,7 +76,7 @@ def test_what_cannot_fit_is_refused_with_a_number_that_would(model: MoeModel) ->
 
 
 def test_fewer_shadows_are_proposed_where_no_cache_is_small_enough() -> None:
-    config = Config(expert_workers=2, attention_workers=1, worker_overhead_bytes=0)
+    config = Config(expert_workers=2, attention_workers=1, worker_overhead_bytes=0, share_expert_memory=False)
     sentence = preflight.what_fits(config, GB, 4 * GB, 6 * GB)
     assert sentence.endswith("would fit with --shadow-replicas 0")
     kv_cache_bytes = int(sentence.split()[1])
@@ -81,6 +86,7 @@ def test_fewer_shadows_are_proposed_where_no_cache_is_small_enough() -> None:
         worker_overhead_bytes=0,
         shadow_replicas=0,
         kv_cache_bytes=kv_cache_bytes,
+        share_expert_memory=False,
     )
     preflight.check_memory(fitting, GB, 4 * GB, 6 * GB)
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from vllm.platforms import current_platform
 
 from tarragon.experts.kernels import ResidentExperts
 from tarragon.experts.memory import HostMemory, part_shapes
 from tarragon.messages import ExpertId
 from tarragon.models.expert_weights import ExpertTensors, ExpertWeights
-from tarragon.models.shape import MoeModel, read_model
+from tarragon.models.shape import ModelError, MoeModel, read_model
 from tarragon.testing.checkpoints import make_checkpoint
 
 ROWS = 12
@@ -121,6 +122,23 @@ def test_a_process_that_writes_to_it_by_mistake_is_ended(model: MoeModel, host: 
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGSEGV
     assert torch.equal(rows_of(experts, EXPERT), wanted)
+
+
+def test_nobody_can_call_it_packed_by_mistake(model: MoeModel, host: HostMemory) -> None:
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        host._packed[0] = 1
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert not host.is_packed(ExpertId(0, 0))
+
+
+def test_memory_made_for_another_model_is_refused(model: MoeModel, host: HostMemory) -> None:
+    other = replace(model, intermediate=model.intermediate // 2)
+    with pytest.raises(ModelError, match="not what it was"):
+        ResidentExperts(other, ExpertWeights(model), host)
 
 
 def test_every_expert_has_a_place_of_its_own(model: MoeModel) -> None:

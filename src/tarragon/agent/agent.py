@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Final
 
 from tarragon.agent import preload, process
@@ -271,7 +272,7 @@ class NodeAgent:
             config=self._config,
             engine_args=self._engine_args,
             threads=self._config.threads(role, self._cores) if role in ("attention", "expert") else 1,
-            expert_memory=self._expert_memory,
+            expert_memory=self._expert_memory if role == "expert" else None,
         )
         module = self._modules[role]
         computes = role in ("attention", "expert")
@@ -288,15 +289,18 @@ class NodeAgent:
         *,
         piped: bool = True,
     ) -> Child:
-        pid, log_fd = process.fork_child(f"tarragon: {name}", body, self._release, polite, piped=piped)
+        release = partial(self._release, keeps_experts=role == "expert")
+        pid, log_fd = process.fork_child(f"tarragon: {name}", body, release, polite, piped=piped)
         log = LogPipe(log_fd, self._config.log_line_bytes_max) if piped else None
         child = self._children[pid] = Child(name, role, epoch, pid, log)
         if log is not None:
             self._selector.register(log, selectors.EVENT_READ, lambda: self._on_log(child))
         return child
 
-    def _release(self) -> None:
+    def _release(self, *, keeps_experts: bool) -> None:
         """In a forked child: close what the agent owns, so that no object of it closes a reused number."""
+        if self._expert_memory is not None and not keeps_experts:
+            self._expert_memory.close()
         self._link.release()
         self._vault.release()
         for child in self._children.values():

@@ -11,6 +11,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from tarragon.config import Config
+from tarragon.experts.memory import HostMemory
 from tarragon.gateway.flag_table import APPLIES
 from tarragon.models.shape import MoeModel
 
@@ -106,6 +107,19 @@ def copies_of_experts(config: Config) -> int:
     Those lie on other workers than their primaries: at most as many copies as expert workers (5.3).
     """
     return 1 if config.share_expert_memory else 1 + min(config.shadow_replicas, config.expert_workers - 1)
+
+
+def expert_memory(config: Config, model: MoeModel) -> HostMemory | None:
+    """Memory for the experts of all expert workers, if they share it. Raises PreflightError."""
+    if not config.share_expert_memory:
+        return None
+    try:
+        return HostMemory(model)
+    except OSError as error:
+        raise PreflightError(
+            f"the system does not grant {_gb(model.experts_total * model.expert_bytes)} of shared memory for "
+            f"the experts ({error.strerror}): --no-share-expert-memory does without"
+        ) from error
 
 
 def memory_available_bytes(root: Path = Path("/")) -> int:

@@ -30,7 +30,8 @@ _CARRIES_OVER: Final = (
     "traffic, which follow from the model's shape; the proportion of restoring to replaying; the "
     "direction of each comparison within one run.",
     "**Does not carry over**: absolute latencies and rates; how long a worker takes to start "
-    "(here seconds: its weights lie in memory and its parent has imported everything); what "
+    "(here seconds: its weights lie in memory, packed experts in that of all expert workers of the "
+    "host, and its parent has imported everything); what "
     "separate devices hide. Here a replacement's start, a probe and a segment take their time "
     "from the cores that serve the streams. With two workers of a role the loss of one halves its "
     "capacity; with eight it takes an eighth.",

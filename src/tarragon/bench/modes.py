@@ -6,7 +6,8 @@ over all attention workers, nothing is checkpointed, nobody is probed, and no sh
 all of them is the map from expert to link that any dispatch needs, and the socket's end of file.
 
 *coarse* is for measuring failures: alt-3 that gives a request up when its attention worker dies, so that its
-client sends it again, and that has one attention worker, so that there is a replacement to wait for.
+client sends it again, and that has one attention worker, so that there is a replacement to wait for. Its
+expert workers load weights of their own.
 """
 
 from __future__ import annotations
@@ -42,4 +43,9 @@ WITHOUT: Final = {
     "alt-2": "and no failure detection",
     "alt-3": "and no routing table: static, lock-step, no shadows",
 }
-COARSE: Final[Settings] = {**_ALT_3, "attention_workers": 1, "max_failovers_per_request": 0}
+COARSE: Final[Settings] = {
+    **_ALT_3,
+    "attention_workers": 1,
+    "max_failovers_per_request": 0,
+    "share_expert_memory": False,
+}

@@ -31,8 +31,9 @@ SAME_WITHIN: Final = 0.03
 QUICK_LAYERS: Final = 4
 CARRIES_OVER: Final = (
     "The knee is this processor's; a GPU's lies at more rows. What carries over is that calls below it pay "
-    "for reading weights, and that a shadow is bytes and no time. Two experts at once share the cores that "
-    "one had, as two CUDA streams share a GPU; how much they disturb each other is each machine's own."
+    "for reading weights, and that a shadow takes no time (bytes, where workers cannot share memory). Two "
+    "experts at once share the cores that one had, as two CUDA streams share a GPU; how much they disturb "
+    "each other is each machine's own."
 )
 
 

@@ -2,7 +2,7 @@
 
 Weights of one layer lie in two tensors with a slot for *every* logical expert,
 so that a row's logical id is also its index and a shadow costs no lookup. The
-tensors are reserved, not filled: pages of experts that are not resident take no
+tensors are reserved, not filled: pages of experts that nobody holds take no
 memory.
 """
 
@@ -19,7 +19,7 @@ from tarragon.experts import memory
 from tarragon.experts.memory import HostMemory
 from tarragon.messages import ExpertId
 from tarragon.models.expert_weights import ExpertWeights
-from tarragon.models.shape import MoeModel
+from tarragon.models.shape import ModelError, MoeModel
 
 
 def kernel_isa(dtype: str) -> str:
@@ -102,7 +102,12 @@ class ResidentExperts:
     """
 
     def __init__(self, model: MoeModel, weights: ExpertWeights, host: HostMemory | None = None) -> None:
-        """``host``: memory that the host's expert workers share; None: every expert is a copy of our own."""
+        """``host``: memory that the host's expert workers share; None: every expert is a copy of our own.
+
+        Raises ModelError if that was made for another model.
+        """
+        if host is not None and host.model != model:
+            raise ModelError(f"{model.path} is not what it was when the cluster was started")
         self.model = model
         self._weights = weights
         self._host = host
@@ -144,7 +149,10 @@ class ResidentExperts:
             self._host.set_packed(expert)
 
     def unload(self, expert: ExpertId) -> None:
-        """Forget an expert and give its memory back; the caller knows that no row for it can be under way."""
+        """Forget an expert and give its own memory back.
+
+        The caller knows that no row for it can be under way.
+        """
         self.resident[expert.layer, expert.expert] = False
         for slots in self._layers[expert.layer].present():
             slots.release(expert.expert)

@@ -4,10 +4,10 @@ The node agent makes it before it forks anybody; it has no name, outlives every 
 agent. Whoever needs an expert first packs it there; for all others it is a matter of mapping pages. So a
 worker that dies has no weights to free, its replacement has none to load, and a shadow costs no memory.
 
-It is one more thing that workers of a host have in common, so nobody can write to it by mistake: it is mapped
-read-only, except for the pages of a slot while that is filled, and what is written then is the same whoever
-writes it. Workers that each have a device's memory of their own cannot share: there, and with
-``share_expert_memory`` off, every worker holds copies (5.3).
+It is one more thing that the expert workers of a host have in common, so none can write to it by mistake: it
+is mapped read-only, except for the pages of a slot while that is filled, and what is written then is the
+same whoever writes it. The other processes have not even that. Workers that each have a device's memory of
+their own cannot share: there, and with ``share_expert_memory`` off, every worker holds copies (5.3).
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ class HostMemory:
     """
 
     def __init__(self, model: MoeModel) -> None:
-        self._experts = model.experts
+        self.model = model
         item = DTYPE_BYTES[model.dtype]
         sizes = [math.prod(shape) * item * model.experts for shape in part_shapes(model)]
         self._part_bytes = [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]
         self.slots = mmap.mmap(-1, len(model.moe_layers) * sum(self._part_bytes))
         protect(address_of(self.slots), len(self.slots), mmap.PROT_READ)
-        self._packed = mmap.mmap(-1, len(model.moe_layers) * model.experts)
+        self._packed = mmap.mmap(-1, model.experts_total)
+        protect(address_of(self._packed), len(self._packed), mmap.PROT_READ)
 
     def offset(self, layer: int, part: int) -> int:
         """Where in ``slots`` a layer's tensor [E, ...] of this part begins; parts as in ``part_shapes``."""
@@ -55,14 +56,15 @@ class HostMemory:
 
     def is_packed(self, expert: ExpertId) -> bool:
         """Whether all of its parts are there, complete."""
-        return bool(self._packed[expert.layer * self._experts + expert.expert])
+        return bool(self._packed[expert.layer * self.model.experts + expert.expert])
 
     def set_packed(self, expert: ExpertId) -> None:
         """To be called after its last byte was written: it stays so for good."""
-        self._packed[expert.layer * self._experts + expert.expert] = 1
+        with writable(address_of(self._packed), len(self._packed)):
+            self._packed[expert.layer * self.model.experts + expert.expert] = 1
 
     def close(self) -> None:
-        """Unmap it in this process."""
+        """Unmap it in this process. No tensor over it may be used any more: that would be a crash."""
         self.slots.close()
         self._packed.close()
 
