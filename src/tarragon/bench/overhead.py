@@ -1,8 +1,9 @@
 """`tarragon bench overhead`: tokens/s with protection on against off, without failures (7.3, appendix F).
 
-One cluster under one load; every few seconds protection is switched on or off, on-off, off-on, ..., so that
+One cluster under one load; about every second protection is switched on or off, on-off, off-on, ..., so that
 both sides meet the same streams, the same processes and the same memory. Off means: nobody is probed and no
-shadow is loaded; with --checkpoints, nothing is checkpointed either. Loading shadows is not part of a window.
+shadow is loaded (--parts: only one of these); with --checkpoints, nothing is checkpointed either. Loading
+shadows is not part of a window.
 """
 
 from __future__ import annotations
@@ -27,23 +28,27 @@ from tarragon.models.demo import ensure_demo_model
 COST_MAX: Final = 0.01
 """The promise that protection costs little: at most this share of tokens/s."""
 SIDES: Final = ("on", "off")
-SETTLE_S: Final = 0.5
+PARTS: Final = ("both", "probing", "shadows")
+SETTLE_S: Final = 0.2
 """Between a switch and its window: workers change at their next step."""
 SWITCH_TIMEOUT_S: Final = 120.0
 QUICK_LAYERS: Final = 4
-_SWITCH_S: Final = 3.0
+_BATCH_S: Final = 20.0
+"""So often results are looked at: that takes the time of the last tokens."""
+_SWITCH_S: Final = 0.3
 """What a switch takes, for the progress bar."""
 
 
 def parser() -> argparse.ArgumentParser:
     options = output.parser("overhead", __doc__)
     options.add_argument("--concurrency", type=int, default=16)
-    options.add_argument("--window-s", type=float, default=4.0, help="seconds of each side in a pair")
+    options.add_argument("--parts", choices=PARTS, default="both", help="what is switched on and off")
+    options.add_argument("--window-s", type=float, default=1.0, help="seconds of each side in a pair")
     options.add_argument(
         "--output-tokens", type=int, default=512, help="of each request; each new one disturbs one side only"
     )
-    options.add_argument("--pairs", type=int, default=60)
-    options.add_argument("--pairs-max", type=int, default=120, help="go on to so many while inconclusive")
+    options.add_argument("--pairs", type=int, default=300)
+    options.add_argument("--pairs-max", type=int, default=900, help="go on to so many while inconclusive")
     options.add_argument("--checkpoints", action="store_true", help="off is without checkpoints too")
     options.add_argument("--attention-workers", type=int, default=2)
     options.add_argument("--expert-workers", type=int, default=2)
@@ -55,10 +60,10 @@ def main(argv: list[str]) -> int:
     """Exit code 1 only if a request or the cluster failed; the verdict is in the result."""
     options = parser().parse_args(argv)
     if options.quick:
-        options.pairs = options.pairs_max = min(options.pairs, 6)
+        options.pairs = options.pairs_max = min(options.pairs, 10)
         options.layers = options.layers or QUICK_LAYERS
     model = options.model or ensure_demo_model(layers=options.layers)
-    planned_s = 2 * options.pairs * (options.window_s + SETTLE_S + _SWITCH_S)
+    planned_s = options.pairs * _pair_s(options)
     try:
         with (
             Cluster(model, options.attention_workers, options.expert_workers) as cluster,
@@ -78,6 +83,7 @@ def _result(options: argparse.Namespace, model: Path, metrics: dict[str, Any]) -
     names = (
         "attention_workers",
         "expert_workers",
+        "parts",
         "concurrency",
         "window_s",
         "output_tokens",
@@ -89,30 +95,46 @@ def _result(options: argparse.Namespace, model: Path, metrics: dict[str, Any]) -
 
 async def _measure(options: argparse.Namespace, model: Path, cluster: Cluster, bar: Bar) -> dict[str, Any]:
     windows: dict[str, list[Window]] = {side: [] for side in SIDES}
-    switch = Switch(cluster, checkpoints=options.checkpoints)
+    switch = Switch(cluster, options.parts, checkpoints=options.checkpoints)
     metrics: dict[str, Any] = {}
+    begun = without_tokens = 0
     workload = replace(random_workload(model), output_tokens=options.output_tokens)
     pids = [cluster.agent_pid, *cluster.pids().values()]
     async with EndlessLoad(cluster.url, model.name, workload, options.concurrency, pids) as load:
-        for number in range(options.pairs_max):
-            if number >= options.pairs and metrics["verdict"] != "inconclusive":
-                break
-            bar.doing(f"pair {number + 1}")
-            found = await alternate(load, switch.to, SIDES, number, options.window_s)
-            for side, window in found.items():
-                windows[side].append(window)
-            metrics = conclude(windows)
+        while begun < options.pairs or (begun < options.pairs_max and metrics["verdict"] == "inconclusive"):
+            count = min(max(1, int(_BATCH_S / _pair_s(options))), options.pairs_max - begun)
+            bar.doing(f"pairs {begun + 1} to {begun + count}")
+            pairs = [
+                await alternate(load, switch.to, SIDES, begun + number, options.window_s)
+                for number in range(count)
+            ]
+            begun += count
+            found = await load.between([pair[side] for pair in pairs for side in SIDES])
+            for both in zip(found[::2], found[1::2], strict=True):
+                whole = [window for window in both if window is not None]
+                without_tokens += len(whole) < len(SIDES)
+                if len(whole) == len(SIDES):
+                    for side, window in zip(SIDES, whole, strict=True):
+                        windows[side].append(window)
+            if not windows["on"]:
+                raise LoadError(f"no stream brought two tokens within {options.window_s:g} s")
+            metrics = {**conclude(windows), "pairs_without_tokens": without_tokens}
             output.write(_result(options, model, metrics), options.json)
-            bar.done(2 * (options.window_s + SETTLE_S + _SWITCH_S), cost_text(metrics))
+            bar.done(count * _pair_s(options), cost_text(metrics))
         await switch.to("on")
     return metrics
 
 
-class Switch:
-    """Turns the protection of one cluster on and off."""
+def _pair_s(options: argparse.Namespace) -> float:
+    return 2 * float(options.window_s + SETTLE_S + _SWITCH_S)
 
-    def __init__(self, cluster: Cluster, *, checkpoints: bool) -> None:
+
+class Switch:
+    """Turns the protection of one cluster on and off, or one of its parts."""
+
+    def __init__(self, cluster: Cluster, parts: str, *, checkpoints: bool) -> None:
         self._cluster, self._checkpoints = cluster, checkpoints
+        self._probing, self._shadows = parts != "shadows", parts != "probing"
 
     async def to(self, side: str) -> None:
         """Switch, and return when shadows are as wanted. Raises ClusterError if they do not get there."""
@@ -121,13 +143,15 @@ class Switch:
 
     def _switch(self, on: bool) -> None:
         cluster = self._cluster
-        cluster.admin.protection(probing=on, shadow_replicas=int(on))
+        shadows = on or not self._shadows
+        cluster.admin.protection(probing=on or not self._probing, shadow_replicas=int(shadows))
         if self._checkpoints:
             cluster.admin.checkpointing("segments" if on else "none", reprotect=False)
         deadline_s = time.monotonic() + SWITCH_TIMEOUT_S
-        while shadowed(cluster.admin.request("GET", "/table")) != on:
+        while shadowed(cluster.admin.request("GET", "/table")) != shadows:
             if time.monotonic() > deadline_s:
-                raise ClusterError(f"shadows were not {'loaded' if on else 'gone'} in {SWITCH_TIMEOUT_S:g} s")
+                word = "loaded" if shadows else "gone"
+                raise ClusterError(f"shadows were not {word} in {SWITCH_TIMEOUT_S:g} s")
             time.sleep(0.05)
 
 
@@ -166,6 +190,8 @@ def report(metrics: dict[str, Any]) -> str:
         f"protection {side:3}: median {summary(metrics['tokens_per_s'][side])['median']:.1f} tokens/s"
         for side in SIDES
     ]
+    if metrics["pairs_without_tokens"]:
+        lines.append(f"{metrics['pairs_without_tokens']} pairs left out: no tokens in one of their windows")
     lines.append(f"tokens/s: {cost_text(metrics)} (at most {COST_MAX:.0%})")
     if metrics["cpu_cost"]:
         lines.append(cpu_text(metrics["cpu_cost"]))

@@ -45,6 +45,9 @@ class Mark(NamedTuple):
     cpu_s: float
 
 
+Span = tuple[Mark, Mark]
+
+
 class EndlessLoad:
     """A fixed number of streams, each replaced as it ends."""
 
@@ -76,9 +79,11 @@ class EndlessLoad:
     async def window(self, seconds: float) -> Window:
         """Of all streams in the next ``seconds``. Raises LoadError if one failed."""
         [found] = await self.between([await self.span(seconds)])
+        if found is None:
+            raise LoadError(f"no stream brought two tokens within {seconds:g} s")
         return found
 
-    async def span(self, seconds: float) -> tuple[Mark, Mark]:
+    async def span(self, seconds: float) -> Span:
         """The next ``seconds``, to be asked about with ``between``."""
         start = self.mark()
         await asyncio.sleep(seconds)
@@ -87,8 +92,10 @@ class EndlessLoad:
     def mark(self) -> Mark:
         return Mark(time.monotonic(), cpu_seconds(self._pids))
 
-    async def between(self, spans: Sequence[tuple[Mark, Mark]]) -> list[Window]:
-        """The windows of these spans, which end now at the latest. Raises LoadError if a stream failed.
+    async def between(self, spans: Sequence[Span]) -> list[Window | None]:
+        """The windows of these spans, which end now at the latest; None where no stream brought two tokens.
+
+        Raises LoadError if a stream failed.
 
         To be asked once for all that are wanted: what has ended by now is forgotten.
         """
@@ -100,10 +107,10 @@ class EndlessLoad:
         self._traces = [trace for trace in self._traces if trace.ended_s is None]
         return windows
 
-    def _window(self, start: Mark, end: Mark) -> Window:
+    def _window(self, start: Mark, end: Mark) -> Window | None:
         found = pace(self._traces, start.at_s, end.at_s)
         if not found:
-            raise LoadError(f"no stream brought two tokens within {end.at_s - start.at_s:g} s")
+            return None
         tokens = tokens_within(self._traces, start.at_s, end.at_s)
         return Window(self._streams * found, (end.cpu_s - start.cpu_s) / tokens)
 
@@ -181,10 +188,10 @@ async def alternate(
     sides: tuple[str, str],
     number: int,
     seconds: float,
-) -> dict[str, Window]:
-    """A window of both sides, one after the other; the order changes with ``number``."""
+) -> dict[str, Span]:
+    """A span of both sides, one after the other; the order changes with ``number``."""
     spans = {}
     for side in sides if number % 2 == 0 else sides[::-1]:
         await switch(side)
         spans[side] = await load.span(seconds)
-    return dict(zip(spans, await load.between(list(spans.values())), strict=True))
+    return spans
