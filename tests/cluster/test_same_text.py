@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 
 import pytest
+from tests.cluster.observe import metric, until
 from tests.pool import Clusters
 from tests.workload import Answer, ask, differing, mixed_requests
 
@@ -38,6 +39,12 @@ def test_placement_and_company_change_nothing(clusters: Clusters, model_name: st
     answers: dict[str, list[Answer]] = {}
     for shape in SHAPES:
         cluster = clusters.get(*shape)
+        until(
+            "the gateway is not connected to all of them, and would give one of them nothing",
+            lambda url=cluster.url, count=shape[0]: (
+                metric(url, "tarragon_gateway_attention_workers") == count
+            ),
+        )
         before = pairs(cluster)
         answers[f"{shape[0]} + {shape[1]}"] = ask(cluster.url, model_name, bodies, concurrency=REQUESTS)
         status = cluster.status()
