@@ -97,8 +97,8 @@ class Watch:
 
     def worked(self, at_us: int, now_us: int) -> bool:
         """The peer says that it did something at ``at_us`` (transport/pulse.py); returns if that is news."""
-        if at_us <= self._life_us:
-            return False
+        if not self._life_us < at_us <= now_us + self._silence_us:
+            return False  # nothing new, or a time that cannot be
         self.heard(min(at_us, now_us))
         return True
 

@@ -181,7 +181,13 @@ def test_work_that_is_seen_is_a_sign_of_life_of_its_own_time() -> None:
     assert watched.next(102 * MS, True) == WaitUntil(151 * MS)
 
 
-def test_work_of_the_future_counts_for_no_more_than_now() -> None:
+def test_work_after_the_look_counts_for_no_more_than_that() -> None:
     watched = watch()
-    assert watched.worked(1 << 60, 40 * MS)
+    assert watched.worked(41 * MS, 40 * MS)
     assert watched.next(40 * MS, True) == WaitUntil(90 * MS)
+
+
+def test_work_of_a_time_to_come_says_nothing() -> None:
+    watched = watch()
+    assert not watched.worked(1 << 60, 40 * MS)
+    assert watched.next(50 * MS, True) == Probe(1)

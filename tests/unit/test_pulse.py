@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from tarragon.boot import Boot
 from tarragon.config import Config
@@ -89,6 +90,32 @@ def test_one_that_works_is_not_asked_and_is_found_when_it_is_stopped() -> None:
 
     with worker(beats=True) as (pid, address):
         asyncio.run(main(pid, address))
+
+
+def test_trouble_over_one_that_failed_keeps_nobody_from_the_others() -> None:
+    async def main(stopped: tuple[int, str], other: tuple[int, str]) -> None:
+        async with Watching(stopped[1]) as watching:
+            asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+            failed, watching.failed = watching.failed, Refusing()
+            watching.prober.link_up(replace(watching.peer, worker_id="aw-1", address=other[1]))
+            await watching.until(lambda: watching.prober.watched == ["aw-0", "aw-1"])
+            stop(stopped[0])
+            await watching.until(lambda: watching.failed.count("refused"))
+            watching.failed = failed
+            stop(other[0])
+            await watching.until(lambda: watching.failed)
+            watching.prober.link_down("aw-1")
+
+    with worker(beats=True) as first, worker(beats=True) as second:
+        asyncio.run(main(first, second))
+
+
+class Refusing(list[str]):
+    """Notes that something was to be noted, and raises."""
+
+    def append(self, cause: str) -> None:
+        super().append("refused")
+        raise ZeroDivisionError(cause)
 
 
 def test_one_without_a_pulse_is_asked_and_its_answers_are_taken() -> None:

@@ -17,6 +17,7 @@ from tarragon.config import WORKER_REDIAL_PAUSE_S_MAX, WORKER_REDIAL_PAUSE_S_MIN
 from tarragon.liveness import NEVER_US, Failed, Probe, Verdict, WaitUntil, Watch
 from tarragon.messages import Peer, ProtocolError
 from tarragon.transport.probe import ProbeChannel
+from tarragon.transport.probe_dial import close_late, open_in_thread
 
 
 class Prober:
@@ -137,22 +138,12 @@ class _Watched:
 
     async def _open(self) -> ProbeChannel:
         """Dial, and wait until probes will be answered: in a thread, as it blocks. Raises as that does."""
-        opening = self._loop.run_in_executor(
-            None,
-            partial(
-                ProbeChannel.open,
-                self._peer.address,
-                self._boot.secret,
-                sender_id=self._boot.worker_id,
-                sender_epoch=self._boot.epoch,
-                receiver_epoch=self._peer.epoch,
-                timeout_s=self._boot.config.probe_open_timeout_s,
-            ),
-        )
+        timeout_s = self._boot.config.probe_open_timeout_s
+        opening = open_in_thread(self._boot, self._peer, timeout_s=timeout_s, pulse=True)
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(_close_unused)
+            close_late(opening)
             raise
 
     def _drop(self) -> None:
@@ -182,8 +173,13 @@ class _Watched:
         wake_us = verdict.deadline_us if isinstance(verdict, WaitUntil) else NEVER_US
         self.is_waited_for = wake_us < NEVER_US
         if isinstance(verdict, Failed):
-            self._on_failed(verdict.cause)
+            # Not in this call: whatever comes of it shall not keep the others from being looked after.
+            self._loop.call_soon(self._fail, verdict.cause)
         return wake_us
+
+    def _fail(self, cause: str) -> None:
+        if self.channel is not None:  # else it was given up meanwhile
+            self._on_failed(cause)
 
     def _verdict(self, owes: bool) -> Verdict | None:
         """Send the probes that are due; None without a channel."""
@@ -200,11 +196,6 @@ class _Watched:
             except ConnectionError:
                 self._ended.set()
         return None
-
-
-def _close_unused(opening: asyncio.Future[ProbeChannel]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
 
 
 def now_us() -> int:

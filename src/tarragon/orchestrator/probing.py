@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
@@ -19,6 +18,7 @@ from tarragon.config import Config
 from tarragon.liveness import Failed, Probe, Watch
 from tarragon.messages import Peer, ProtocolError, Role
 from tarragon.transport.probe import ProbeChannel
+from tarragon.transport.probe_dial import close_late, open_in_thread
 
 PROBED: Final[tuple[Role, ...]] = ("attention", "expert", "store")
 """Roles that answer probes."""
@@ -131,7 +131,7 @@ class _Target:
             self._channel.close()
             self._channel = None
         if self._channel is None and self._opening is None and now_us >= self._open_at_us:
-            self._opening = _in_thread(self._loop, self._dial)
+            self._opening = open_in_thread(self._boot, self._peer, timeout_s=self._config.connect_timeout_s)
         return self._channel
 
     def _take_opened(self, now_us: int) -> None:
@@ -143,52 +143,11 @@ class _Target:
             # What it did not answer on another channel is no silence on this one.
             self._watch.heard(now_us)
 
-    def _dial(self) -> ProbeChannel:
-        boot, peer = self._boot, self._peer
-        return ProbeChannel.open(
-            peer.address,
-            boot.secret,
-            sender_id=boot.worker_id,
-            sender_epoch=boot.epoch,
-            receiver_epoch=peer.epoch,
-            timeout_s=self._config.connect_timeout_s,
-        )
-
     def close(self) -> None:
         if self._channel is not None:
             self._channel.close()
         if self._opening is not None:
-            self._opening.add_done_callback(_close_late)
-
-
-def _in_thread(
-    loop: asyncio.AbstractEventLoop, dial: Callable[[], ProbeChannel]
-) -> asyncio.Future[ProbeChannel]:
-    """Run ``dial`` in a thread that the process's end does not wait for: it may take seconds to fail."""
-    future: asyncio.Future[ProbeChannel] = loop.create_future()
-
-    def finish(outcome: ProbeChannel | Exception) -> None:
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-
-    def run() -> None:
-        outcome: ProbeChannel | Exception
-        try:
-            outcome = dial()
-        except Exception as error:
-            outcome = error
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(finish, outcome)
-
-    threading.Thread(target=run, name="probe-dial", daemon=True).start()
-    return future
-
-
-def _close_late(opening: asyncio.Future[ProbeChannel]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
+            close_late(self._opening)
 
 
 def _patient(config: Config, peer: Peer, now_us: int) -> Watch:

@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import time
+from contextlib import suppress
 from typing import ClassVar, Final, NamedTuple
 
 from tarragon.messages import ProbeAccepted, ProbeOpen, ProtocolError, Refused, decode_control
@@ -64,24 +65,22 @@ def probe_open(first_frame: bytes) -> ProbeOpen | None:
     return message if isinstance(message, ProbeOpen) else None
 
 
-def _accepted(connection: Connection, epoch: int, timeout_s: float) -> PulseView | None:
-    """The reply to ``ProbeOpen``, and the pulse that came with it. Raises as ``ProbeChannel.open`` does."""
+def _accepted(connection: Connection, epoch: int, timeout_s: float, pulse: bool) -> PulseView | None:
+    """The reply to ``ProbeOpen``, and the ``pulse`` that comes with it. Raises as ``ProbeChannel.open``."""
     raw, descriptors = connection.recv_with_fds(timeout_s)
-    views = []
     try:
         reply = decode_control(raw)
         if isinstance(reply, Refused):
             raise ProbeRefused(reply.reason)
         if reply != ProbeAccepted(epoch=epoch):
             raise ProbeRefused(f"unexpected reply {type(reply).__name__}")
-        if len(descriptors) > 1:
-            raise ProbeRefused(f"a reply with {len(descriptors)} descriptors, expected 1 at most")
-        if descriptors:
-            views.append(PulseView(descriptors.pop()))
+        with suppress(OSError):  # it cannot be mapped: then it is probed
+            if pulse and len(descriptors) == 1:
+                return PulseView(descriptors.pop())
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    return views[0] if views else None
+    return None
 
 
 class ProbeChannel:
@@ -109,10 +108,12 @@ class ProbeChannel:
         sender_epoch: int,
         receiver_epoch: int,
         timeout_s: float,
+        pulse: bool = False,
     ) -> ProbeChannel:
-        """Dial the worker that listens at ``address``, and wait until it will answer.
+        """Dial the worker that listens at ``address``, and wait until it will answer. ``pulse``: map it.
 
-        Raises TimeoutError, ConnectionError, HandshakeError or ProbeRefused, having closed everything.
+        Raises TimeoutError, ConnectionError, or ProtocolError (HandshakeError and ProbeRefused are), having
+        closed everything.
         """
         deadline_s = time.monotonic() + timeout_s
         connection = dial(address, secret, timeout_s=timeout_s, frame_bytes_max=PROBE_OPEN_BYTES_MAX)
@@ -120,11 +121,11 @@ class ProbeChannel:
             connection.send_control(
                 ProbeOpen(sender_id=sender_id, sender_epoch=sender_epoch, receiver_epoch=receiver_epoch)
             )
-            pulse = _accepted(connection, receiver_epoch, max(0.0, deadline_s - time.monotonic()))
+            view = _accepted(connection, receiver_epoch, max(0.0, deadline_s - time.monotonic()), pulse)
         except BaseException:
             connection.close()
             raise
-        return ProbeChannel(connection.sock, receiver_epoch, pulse)
+        return ProbeChannel(connection.sock, receiver_epoch, view)
 
     def fileno(self) -> int:
         """For poll: readable means that ``recv_ready`` returns answers or sets ``eof``."""
