@@ -13,7 +13,7 @@ FORMULA = {"checkpoint_bytes_per_token": 100.0, "experts_bytes_per_token": 400.0
 
 
 def verdict(on: list[float], off: list[float]) -> str:
-    rates = {"none": [Window(rate, 0.0) for rate in off], "segments": [Window(rate, 0.0) for rate in on]}
+    rates = {"none": [Window(rate, {}) for rate in off], "segments": [Window(rate, {}) for rate in on]}
     found = checkpoint.conclude(rates, {"none": [], "segments": []}, {}, FORMULA)
     return str(found["cost"]["verdict"])
 
@@ -26,7 +26,7 @@ def test_a_claim_holds_only_if_its_whole_interval_does() -> None:
 
 def test_bytes_are_compared_with_the_formula() -> None:
     account = {"checkpoint_s": 0.5, "step_s": 100.0, "checkpoint_bytes": 1_000.0, "pairs": 80.0}
-    rates = {"none": [Window(1.0, 0.0)], "segments": [Window(1.0, 0.0)]}
+    rates = {"none": [Window(1.0, {})], "segments": [Window(1.0, {})]}
     found = checkpoint.conclude(rates, {"none": [], "segments": []}, account, FORMULA)
     assert found["writing_share_of_steps"] == 0.005
     assert found["bytes"]["written_over_formula"] == 1.0

@@ -8,7 +8,7 @@ import pytest
 
 from tarragon.bench import overhead
 from tarragon.bench.timeline import Trace
-from tarragon.bench.windows import Window, cpu_cost, pace, tokens_within
+from tarragon.bench.windows import Window, cpu_by_process, cpu_cost, pace, tokens_within
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ def test_a_cost_is_found_through_a_drift_that_hits_both_sides(
     windows: dict[str, list[Window]] = {"on": [], "off": []}
     for _ in range(20):
         speed = rng.uniform(50.0, 150.0)
-        windows["off"].append(Window(speed, 0.0))
-        windows["on"].append(Window(speed * (1.0 - cost) * (1.0 + rng.uniform(-noise, noise)), 0.0))
+        windows["off"].append(Window(speed, {}))
+        windows["on"].append(Window(speed * (1.0 - cost) * (1.0 + rng.uniform(-noise, noise)), {}))
     metrics = overhead.conclude(windows)
     assert metrics["verdict"] == verdict
     assert metrics["cost"]["ci95"][0] <= metrics["cost"]["median"] <= metrics["cost"]["ci95"][1]
@@ -56,3 +56,13 @@ def test_cpu_time_per_token_is_compared_pair_by_pair() -> None:
     assert found["verdict"] == "does not hold"
     assert cpu_cost([1.001] * 6, [1.0] * 6, at_most=0.01)["verdict"] == "holds"
     assert cpu_cost([0.0], [0.0], at_most=0.01) == {}, "no account is no evidence"
+
+
+def test_cpu_time_is_told_by_role() -> None:
+    off = [Window(1.0, {"aw-0": 0.002 * n, "aw-1": 0.001, "gateway": 0.001}) for n in range(1, 7)]
+    on = [Window(1.0, {**window.cpu_s, "gateway": 0.0015}) for window in off]
+    assert off[0].cpu_s_per_token == pytest.approx(0.004)
+    found = cpu_by_process(on, off)
+    assert found["aw"]["more_ms"] == 0.0
+    assert found["aw"]["off_ms"] == pytest.approx(8.0)
+    assert found["gateway"]["more_ms"] == pytest.approx(0.5)

@@ -99,7 +99,7 @@ async def _measure(
     pairs: dict[str, list[Window]] = {"none": [], "segments": []}
     account: dict[str, float] = {}
     rng = random.Random(0)
-    pids = [cluster.agent_pid, *cluster.pids().values()]
+    pids = {"agent": cluster.agent_pid, **cluster.pids()}
     load = EndlessLoad(cluster.url, model.name, random_workload(model), options.concurrency, pids)
 
     async with load:

@@ -20,7 +20,7 @@ from tarragon.bench import output
 from tarragon.bench.load import LoadError
 from tarragon.bench.progress import Bar
 from tarragon.bench.stats import judge, paired_ratio, summary
-from tarragon.bench.windows import EndlessLoad, Window, alternate, cpu_cost, cpu_text
+from tarragon.bench.windows import EndlessLoad, Window, alternate, cpu_by_process, cpu_cost, cpu_text
 from tarragon.bench.workloads import random_workload
 from tarragon.cluster import Cluster, ClusterError
 from tarragon.models.demo import ensure_demo_model
@@ -29,7 +29,7 @@ COST_MAX: Final = 0.01
 """The promise that protection costs little: at most this share of tokens/s."""
 SIDES: Final = ("on", "off")
 PARTS: Final = ("both", "probing", "shadows")
-SETTLE_S: Final = 0.2
+SETTLE_S: Final = 0.1
 """Between a switch and its window: workers change at their next step."""
 SWITCH_TIMEOUT_S: Final = 120.0
 QUICK_LAYERS: Final = 4
@@ -99,7 +99,7 @@ async def _measure(options: argparse.Namespace, model: Path, cluster: Cluster, b
     metrics: dict[str, Any] = {}
     begun = without_tokens = 0
     workload = replace(random_workload(model), output_tokens=options.output_tokens)
-    pids = [cluster.agent_pid, *cluster.pids().values()]
+    pids = {"agent": cluster.agent_pid, **cluster.pids()}
     async with EndlessLoad(cluster.url, model.name, workload, options.concurrency, pids) as load:
         while begun < options.pairs or (begun < options.pairs_max and metrics["verdict"] == "inconclusive"):
             count = min(max(1, int(_BATCH_S / _pair_s(options))), options.pairs_max - begun)
@@ -148,7 +148,7 @@ class Switch:
         if self._checkpoints:
             cluster.admin.checkpointing("segments" if on else "none", reprotect=False)
         deadline_s = time.monotonic() + SWITCH_TIMEOUT_S
-        while shadowed(cluster.admin.request("GET", "/table")) != shadows:
+        while self._shadows and shadowed(cluster.admin.request("GET", "/table")) != shadows:
             if time.monotonic() > deadline_s:
                 word = "loaded" if shadows else "gone"
                 raise ClusterError(f"shadows were not {word} in {SWITCH_TIMEOUT_S:g} s")
@@ -174,6 +174,7 @@ def conclude(windows: dict[str, list[Window]]) -> dict[str, Any]:
         "ratio": ratio,
         "cost": cost,
         "cpu_cost": cpu_cost(cpu["on"], cpu["off"], at_most=COST_MAX),
+        "cpu_by_process": cpu_by_process(windows["on"], windows["off"]),
         "verdict": verdict,
     }
 
@@ -195,6 +196,10 @@ def report(metrics: dict[str, Any]) -> str:
     lines.append(f"tokens/s: {cost_text(metrics)} (at most {COST_MAX:.0%})")
     if metrics["cpu_cost"]:
         lines.append(cpu_text(metrics["cpu_cost"]))
+        for role, found in metrics["cpu_by_process"].items():
+            low, high = found["ci95"]
+            more = f"{found['more_ms']:+.3f} ({low:+.3f} to {high:+.3f})"
+            lines.append(f"  {role:12} {found['off_ms']:7.3f} ms, with it {more}")
     return "\n".join(lines)
 
 

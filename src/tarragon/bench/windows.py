@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import aiohttp
@@ -34,15 +34,20 @@ class Window(NamedTuple):
     """What a few seconds brought, and took."""
 
     tokens_per_s: float
-    cpu_s_per_token: float
-    """Seconds on a core of all processes that were named; 0.0 where the kernel keeps no account of it."""
+    cpu_s: Mapping[str, float]
+    """Seconds on a core for a token, by process; 0.0 where the kernel keeps no account of it."""
+
+    @property
+    def cpu_s_per_token(self) -> float:
+        """Of all processes that were named."""
+        return sum(self.cpu_s.values())
 
 
 class Mark(NamedTuple):
-    """A moment, and what the named processes had used of their cores by then."""
+    """A moment, and what each named process had used of its cores by then."""
 
     at_s: float
-    cpu_s: float
+    cpu_s: dict[str, float]
 
 
 Span = tuple[Mark, Mark]
@@ -52,11 +57,11 @@ class EndlessLoad:
     """A fixed number of streams, each replaced as it ends."""
 
     def __init__(
-        self, url: str, model: str, workload: Workload, streams: int, pids: Sequence[int] = ()
+        self, url: str, model: str, workload: Workload, streams: int, pids: Mapping[str, int] | None = None
     ) -> None:
-        """``pids`` are the processes whose time is told; none of them may end or be replaced."""
+        """``pids``, by name, are the processes whose time is told; none of them may end or be replaced."""
         self._url, self._model, self._workload, self._streams = url, model, workload, streams
-        self._pids = pids
+        self._pids = pids or {}
         self._next = 0
         self._traces: list[Trace] = []
         self._running: asyncio.Task[None] | None = None
@@ -112,7 +117,8 @@ class EndlessLoad:
         if not found:
             return None
         tokens = tokens_within(self._traces, start.at_s, end.at_s)
-        return Window(self._streams * found, (end.cpu_s - start.cpu_s) / tokens)
+        used = {name: (after - start.cpu_s[name]) / tokens for name, after in end.cpu_s.items()}
+        return Window(self._streams * found, used)
 
     async def _run(self) -> None:
         async with session() as client, asyncio.TaskGroup() as group:
@@ -130,9 +136,9 @@ class EndlessLoad:
             trace.ended_s = time.monotonic()
 
 
-def cpu_seconds(pids: Iterable[int]) -> float:
-    """Seconds that the threads of these processes have been on a core."""
-    return sum(process_seconds(pid)["on_a_core_s"] for pid in pids)
+def cpu_seconds(pids: Mapping[str, int]) -> dict[str, float]:
+    """Seconds that the threads of each of these processes have been on a core."""
+    return {name: process_seconds(pid)["on_a_core_s"] for name, pid in pids.items()}
 
 
 def tokens_within(traces: Iterable[Trace], start_s: float, end_s: float) -> float:
@@ -160,6 +166,31 @@ def cpu_cost(on: Sequence[float], off: Sequence[float], *, at_most: float) -> di
         "ms_per_token": 1e3 * statistics.median(off),
         "verdict": judge(ci95, len(costs), at_most=at_most),
     }
+
+
+def cpu_by_process(on: Sequence[Window], off: Sequence[Window]) -> dict[str, dict[str, Any]]:
+    """Milliseconds of CPU time for a token, by role: without, and what comes with it, pair by pair."""
+    found = {}
+    for role in sorted({_role(name) for window in off for name in window.cpu_s}):
+        without, more = [], []
+        for with_it, without_it in zip(on, off, strict=True):
+            ms = [
+                1e3 * sum(used for name, used in window.cpu_s.items() if _role(name) == role)
+                for window in (with_it, without_it)
+            ]
+            without.append(ms[1])
+            more.append(ms[0] - ms[1])
+        found[role] = {
+            "off_ms": statistics.median(without),
+            "more_ms": statistics.median(more),
+            "ci95": list(interval(more)),
+        }
+    return found
+
+
+def _role(name: str) -> str:
+    """Of a process by its name: "aw" for "aw-0"."""
+    return name.partition("-")[0]
 
 
 def cpu_text(cost: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from tarragon.transport.probe import ProbeChannel
 def open_in_thread(
     boot: Boot, peer: Peer, *, timeout_s: float, pulse: bool = False
 ) -> asyncio.Future[ProbeChannel]:
-    """Open a channel from ``boot``'s process to ``peer``, in a thread that the end of the process does not await.
+    """Open a channel from ``boot``'s process to ``peer``, in a thread that no end of a process awaits.
 
     The result is the channel, or what ``ProbeChannel.open`` raises. Who does not want it any more hands the
     future to ``close_late``.
