@@ -208,6 +208,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # --- failure detection (section 5, appendix E)
     probe_silence_ms: float = 30.0
     """A peer that owes an answer and sends nothing for this long is probed; what it sends is a heartbeat."""
+    pulse_look_ms: float = 60.0
+    """How often the gateway looks whether attention workers that owe tokens work, if no token wakes it
+    before: one that hangs is found so much later at most. A look by itself costs 0.2 ms of CPU time."""
     probe_interval_ms: float = 20.0
     """Between probes, and how long an answer to one may take before it counts as missed."""
     probe_misses_max: int = 6

@@ -88,6 +88,11 @@ class Watch:
         self._answer_us = now_us
         self._stalled_us = 0
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether a probe waits for its answer."""
+        return self._asked_us >= 0
+
     # ------------------------------------------------------------------ observations
 
     def heard(self, now_us: int) -> None:
@@ -95,12 +100,10 @@ class Watch:
         self._lives(now_us)
         self._progress, self._stalled_us = -1, 0
 
-    def worked(self, at_us: int, now_us: int) -> bool:
-        """The peer says that it did something at ``at_us`` (transport/pulse.py); returns if that is news."""
-        if not self._life_us < at_us <= now_us + self._silence_us:
-            return False  # nothing new, or a time that cannot be
-        self.heard(min(at_us, now_us))
-        return True
+    def worked(self, at_us: int, now_us: int) -> None:
+        """The peer says that it did something at ``at_us`` (transport/pulse.py)."""
+        if self._life_us < at_us <= now_us + self._silence_us:  # else nothing new, or a time that cannot be
+            self.heard(min(at_us, now_us))
 
     def answered(self, sequence: int, progress: int, now_us: int) -> None:
         """The answer to a probe; one that was never sent says nothing."""

@@ -1,8 +1,8 @@
 """Does an attention worker that owes tokens work? Its pulse tells, and if that stops, a probe (section 5).
 
 A worker that dies closes its link; one that is stopped, hangs or is cut off does not. While all that owe
-something work, this wakes once per ``probe_silence_ms``, reads a number of each and asks nobody. While nobody
-owes anything, no timer runs.
+something work, this reads a number of each once per ``pulse_look_ms`` and asks nobody; it wakes for that only
+if no token has come to wake the gateway for it. While nobody owes anything, no timer runs.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Prober:
         self._on_failed = on_failed
         self._watched: dict[str, _Watched] = {}
         self._enabled = True
+        self._early_us = int(boot.config.pulse_look_ms * 1e3) // 2
         self._timer: asyncio.TimerHandle | None = None
         self._due_us = NEVER_US
 
@@ -59,8 +60,14 @@ class Prober:
     def heard(self, worker_id: str) -> None:
         """The worker sent something over its link."""
         watched = self._watched.get(worker_id)
-        if watched is not None:
-            watched.watch.heard(now_us())
+        if watched is None:
+            return
+        now = now_us()
+        watched.watch.heard(now)
+        if self._timer is not None and self._due_us < now + self._early_us:
+            # A look costs a hundredth of what waking up for it costs, and we are awake.
+            self._timer.cancel()
+            self._on_time()
 
     def arm(self) -> None:
         """To be called after anything that may have made a worker owe outputs."""
@@ -110,6 +117,7 @@ class _Watched:
         self._owes = owes
         self._on_failed = on_failed
         self._on_open = on_open
+        self._look_us = int(boot.config.pulse_look_ms * 1e3)
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._task = self._loop.create_task(self._keep_open(), name=f"probes {peer.worker_id}")
@@ -185,10 +193,14 @@ class _Watched:
         """Send the probes that are due; None without a channel."""
         now = now_us()
         pulse = None if self.channel is None else self.channel.pulse
-        if owes and (pulse is None or not self.watch.worked(pulse.at_us, now)):
+        if pulse is not None:
+            self.watch.worked(pulse.at_us, now)
+        if self.watch.is_asking:
             self._take_answers()
         while self.channel is not None and not self.channel.eof:
             verdict = self.watch.next(now, owes)
+            if isinstance(verdict, WaitUntil) and pulse is not None and not self.watch.is_asking:
+                return WaitUntil(max(verdict.deadline_us, now + self._look_us))
             if not isinstance(verdict, Probe):
                 return verdict
             try:
