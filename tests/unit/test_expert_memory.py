@@ -73,6 +73,22 @@ def test_what_one_has_packed_the_others_only_map(model: MoeModel, host: HostMemo
     assert torch.equal(rows_of(second, EXPERT, OTHER), wanted)
 
 
+def test_what_was_put_into_huge_pages_is_the_same(model: MoeModel, host: HostMemory) -> None:
+    first = ResidentExperts(model, ExpertWeights(model), host)
+    second = ResidentExperts(model, NoWeights(model), host)
+    first.load(EXPERT)
+    second.load(EXPERT)
+    wanted = rows_of(first, EXPERT)
+    first.settle()
+    first.settle()
+    assert torch.equal(rows_of(second, EXPERT), wanted)
+    last = ExpertId(len(model.moe_layers) - 1, model.experts - 1)
+    first.load(last)  # into pages that are huge now
+    first.settle()
+    second.load(last)
+    assert torch.equal(rows_of(second, EXPERT, last), rows_of(first, EXPERT, last))
+
+
 def test_what_one_lets_go_stays_with_the_others(model: MoeModel, host: HostMemory) -> None:
     first = ResidentExperts(model, ExpertWeights(model), host)
     second = ResidentExperts(model, NoWeights(model), host)

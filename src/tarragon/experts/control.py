@@ -80,6 +80,7 @@ class ControlThread(WorkerControl):
                     loaded_bytes = self.experts.load(expert)
                     with self._resident_lock:
                         self._resident[expert] = loaded_bytes
+            self.experts.settle()
             with self._resident_lock:
                 if connection == self._connections:
                     self._carry_out(order, wanted)

@@ -33,15 +33,13 @@ class Slots:
     In memory of this process alone, or in the host's, at an offset; ``like`` has one expert's shape and type.
     """
 
-    def __init__(self, experts: int, like: torch.Tensor, host: tuple[mmap.mmap, int] | None = None) -> None:
+    def __init__(self, experts: int, like: torch.Tensor, host: tuple[Any, int] | None = None) -> None:
         self._slot_bytes = like.nbytes
         self._is_shared = host is not None
         # Private: pages of shared memory stay when one process releases them.
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._memory, self._offset = host or (mmap.mmap(-1, experts * self._slot_bytes, flags=private), 0)
-        flat = torch.frombuffer(
-            self._memory, dtype=like.dtype, count=experts * like.numel(), offset=self._offset
-        )
+        buffer, offset = host or (mmap.mmap(-1, experts * self._slot_bytes, flags=private), 0)
+        flat = torch.frombuffer(buffer, dtype=like.dtype, count=experts * like.numel(), offset=offset)
         self.tensor = flat.view(experts, *like.shape)
 
     def fill(self, expert: int, value: torch.Tensor) -> None:
@@ -71,11 +69,7 @@ class Slots:
 
     def release(self, expert: int) -> None:
         """Give the slot's whole pages back to the system; those of the host are only unmapped."""
-        page = mmap.PAGESIZE
-        start = -(-(self._offset + expert * self._slot_bytes) // page) * page
-        end = (self._offset + (expert + 1) * self._slot_bytes) // page * page
-        if end > start:
-            self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+        memory.discard(self._address(expert), self._slot_bytes)
 
     def _populate(self, expert: int, *, write: bool) -> None:
         memory.populate(self._address(expert), self._slot_bytes, write=write)
@@ -111,6 +105,8 @@ class ResidentExperts:
         self.model = model
         self._weights = weights
         self._host = host
+        self._packed_here: list[ExpertId] = []
+        """In the host's memory, since the last ``settle``."""
         self._isa = kernel_isa(model.dtype)
         if self._isa == "amx":
             # Without it the first tile instruction kills the process.
@@ -147,6 +143,13 @@ class ResidentExperts:
                 slots.fill(expert.expert, bias)
         if self._host is not None:
             self._host.set_packed(expert)
+            self._packed_here.append(expert)
+
+    def settle(self) -> None:
+        """After loading, before anybody is told: make what was packed here cheap to map for the others."""
+        if self._host is not None and self._packed_here:
+            self._host.compact(self._packed_here)
+            self._packed_here = []
 
     def unload(self, expert: ExpertId) -> None:
         """Forget an expert and give its own memory back.
