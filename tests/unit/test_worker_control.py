@@ -303,11 +303,15 @@ class Experts:
     def __init__(self) -> None:
         self.gate = threading.Semaphore(0)
         self.held: set[ExpertId] = set()
+        self.settled: set[ExpertId] = set()
 
     def load(self, expert: ExpertId) -> int:
         assert self.gate.acquire(timeout=WAIT_S)
         self.held.add(expert)
         return 10
+
+    def settle(self) -> None:
+        self.settled = self.held.copy()
 
     def unload(self, expert: ExpertId) -> None:
         self.held.discard(expert)
@@ -338,6 +342,7 @@ def test_an_expert_worker_tells_a_new_orchestrator_what_it_holds(
         assert hello.resident == []
         connection.send_control(Welcome(table=TABLE, assigned=[A, B], order=1))
         assert next_of(connection, Ready).resident == [A, B]
+        assert experts.settled == {A, B}, "before it was told"
         connection.close()
     with closing(Orchestrator(expert_worker.boot)) as second:
         connection, hello = second.meet()
