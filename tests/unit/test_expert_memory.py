@@ -51,6 +51,16 @@ class NoWeights(ExpertWeights):
         raise AssertionError("it was packed before")
 
 
+def packing(model: MoeModel, host: HostMemory | None = None) -> ResidentExperts:
+    """An expert worker that reads what nobody has packed."""
+    return ResidentExperts(model, ExpertWeights(model), host)
+
+
+def mapping(model: MoeModel, host: HostMemory) -> ResidentExperts:
+    """One for which everything is there."""
+    return ResidentExperts(model, NoWeights(model), host)
+
+
 def rows_of(experts: ResidentExperts, *chosen: ExpertId) -> torch.Tensor:
     """What these experts make of the same rows, in turn."""
     generator = torch.Generator().manual_seed(3)
@@ -62,9 +72,9 @@ def rows_of(experts: ResidentExperts, *chosen: ExpertId) -> torch.Tensor:
 
 
 def test_what_one_has_packed_the_others_only_map(model: MoeModel, host: HostMemory) -> None:
-    alone = ResidentExperts(model, ExpertWeights(model))
-    first = ResidentExperts(model, ExpertWeights(model), host)
-    second = ResidentExperts(model, NoWeights(model), host)
+    alone = packing(model)
+    first = packing(model, host)
+    second = mapping(model, host)
     for expert in (EXPERT, OTHER):
         sizes = [experts.load(expert) for experts in (alone, first, second)]
         assert sizes == [model.expert_bytes] * 3
@@ -74,8 +84,8 @@ def test_what_one_has_packed_the_others_only_map(model: MoeModel, host: HostMemo
 
 
 def test_what_was_put_into_huge_pages_is_the_same(model: MoeModel, host: HostMemory) -> None:
-    first = ResidentExperts(model, ExpertWeights(model), host)
-    second = ResidentExperts(model, NoWeights(model), host)
+    first = packing(model, host)
+    second = mapping(model, host)
     first.load(EXPERT)
     second.load(EXPERT)
     wanted = rows_of(first, EXPERT)
@@ -90,14 +100,14 @@ def test_what_was_put_into_huge_pages_is_the_same(model: MoeModel, host: HostMem
 
 
 def test_what_one_lets_go_stays_with_the_others(model: MoeModel, host: HostMemory) -> None:
-    first = ResidentExperts(model, ExpertWeights(model), host)
-    second = ResidentExperts(model, NoWeights(model), host)
+    first = packing(model, host)
+    second = mapping(model, host)
     first.load(EXPERT)
     second.load(EXPERT)
     wanted = rows_of(first, EXPERT)
     first.unload(EXPERT)
     assert torch.equal(rows_of(second, EXPERT), wanted)
-    again = ResidentExperts(model, NoWeights(model), host)  # a replacement, after all others have died
+    again = mapping(model, host)  # a replacement, after all others have died
     again.load(EXPERT)
     assert torch.equal(rows_of(again, EXPERT), wanted)
 
@@ -105,7 +115,7 @@ def test_what_one_lets_go_stays_with_the_others(model: MoeModel, host: HostMemor
 def test_one_that_dies_while_it_packs_leaves_it_to_the_next(
     model: MoeModel, host: HostMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dying = ResidentExperts(model, ExpertWeights(model), host)
+    dying = packing(model, host)
     set_packed: Callable[[ExpertId], None] = host.set_packed
 
     def die(_expert: ExpertId) -> None:
@@ -116,16 +126,16 @@ def test_one_that_dies_while_it_packs_leaves_it_to_the_next(
         dying.load(EXPERT)
     assert not host.is_packed(EXPERT)
     monkeypatch.setattr(host, "set_packed", set_packed)
-    successor = ResidentExperts(model, ExpertWeights(model), host)
+    successor = packing(model, host)
     successor.load(EXPERT)
     assert host.is_packed(EXPERT)
-    alone = ResidentExperts(model, ExpertWeights(model))
+    alone = packing(model)
     alone.load(EXPERT)
     assert torch.equal(rows_of(successor, EXPERT), rows_of(alone, EXPERT))
 
 
 def test_a_process_that_writes_to_it_by_mistake_is_ended(model: MoeModel, host: HostMemory) -> None:
-    experts = ResidentExperts(model, ExpertWeights(model), host)
+    experts = packing(model, host)
     experts.load(EXPERT)
     wanted = rows_of(experts, EXPERT)
     pid = os.fork()
@@ -154,7 +164,7 @@ def test_nobody_can_call_it_packed_by_mistake(model: MoeModel, host: HostMemory)
 def test_memory_made_for_another_model_is_refused(model: MoeModel, host: HostMemory) -> None:
     other = replace(model, intermediate=model.intermediate // 2)
     with pytest.raises(ModelError, match="not what it was"):
-        ResidentExperts(other, ExpertWeights(model), host)
+        packing(other, host)
 
 
 def test_every_expert_has_a_place_of_its_own(model: MoeModel) -> None:

@@ -18,9 +18,8 @@ from tarragon.orchestrator.actions import Verify
 from tarragon.orchestrator.membership import Membership, Worker
 from tarragon.orchestrator.probing import Prober, _Target
 from tarragon.orchestrator.suspicions import judge
-from tarragon.testing.ends import SECRET, WAIT_S, listen, new_address, process, stop
-from tarragon.transport.probe import ANSWER, PROBE_FRAME_BYTES, ProbeChannel, pack_probe, probe_open
-from tarragon.transport.responder import ProbeResponder
+from tarragon.testing.ends import SECRET, WAIT_S, answer_probes, new_address, process, stop
+from tarragon.transport.probe import ANSWER, PROBE_FRAME_BYTES, ProbeChannel, pack_probe
 
 CONFIG = Config(
     probe_silence_ms=20.0,
@@ -33,20 +32,6 @@ CONFIG = Config(
 """A suspect is given up after 100 ms of silence, anybody else after 5 s. Every miss needs a tick of its own:
 on a busy machine either may take longer, and the one does not come to look like the other."""
 EPOCH = 5
-
-
-def _worker(address: str, works: bool) -> None:
-    """A worker that answers probes, and makes progress if it ``works``."""
-    with contextlib.closing(listen(address)) as listener:
-        responder = ProbeResponder(EPOCH)
-        while True:
-            with contextlib.suppress(TimeoutError):
-                connection = listener.accept(0.01)
-                opened = probe_open(connection.recv(WAIT_S) or b"")
-                assert opened is not None
-                responder.adopt(connection, opened)
-            if works:
-                responder.pulse.beat()
 
 
 @dataclass
@@ -114,7 +99,7 @@ class Bench:
 
 @contextlib.contextmanager
 def bench(works: bool = True, role: str = "expert", config: Config = CONFIG) -> Iterator[Bench]:
-    with process(_worker, address := new_address(), works) as child:
+    with process(answer_probes, address := new_address(), EPOCH, works, 0.01) as child:
         assert child.pid is not None
         yield Bench(child.pid, address, role, config)
 

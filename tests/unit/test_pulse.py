@@ -16,28 +16,12 @@ from tarragon.boot import Boot
 from tarragon.config import Config
 from tarragon.gateway.probing import Prober
 from tarragon.messages import Peer, ProtocolError
-from tarragon.testing.ends import SECRET, WAIT_S, listen, new_address, no_leak, process, stop
+from tarragon.testing.ends import SECRET, WAIT_S, answer_probes, new_address, no_leak, process, stop
 from tarragon.transport.memory import create_sealed
-from tarragon.transport.probe import probe_open
 from tarragon.transport.pulse import Pulse, PulseView
-from tarragon.transport.responder import ProbeResponder
 
 EPOCH = 5
 CONFIG = Config(probe_silence_ms=40.0, probe_interval_ms=20.0, probe_misses_max=4, pulse_look_ms=60.0)
-
-
-def _worker(address: str, beats: bool) -> None:
-    """Answers probes in a thread; its main thread works if it ``beats``, and answers nobody by itself."""
-    with contextlib.closing(listen(address)) as listener:
-        responder = ProbeResponder(EPOCH)
-        while True:
-            with contextlib.suppress(TimeoutError):
-                connection = listener.accept(0.001)
-                opened = probe_open(connection.recv(WAIT_S) or b"")
-                assert opened is not None
-                responder.adopt(connection, opened)
-            if beats:
-                responder.pulse.beat()
 
 
 class Watching:
@@ -71,7 +55,7 @@ class Watching:
 
 @contextlib.contextmanager
 def worker(beats: bool) -> Iterator[tuple[int, str]]:
-    with process(_worker, address := new_address(), beats) as child:
+    with process(answer_probes, address := new_address(), EPOCH, beats, 0.001) as child:
         assert child.pid is not None
         yield child.pid, address
 

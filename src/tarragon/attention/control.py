@@ -33,7 +33,7 @@ from tarragon.refe.engine import Refe
 from tarragon.refe.links import LinkDown, NewLink, NewTable
 from tarragon.transport.link import DataLink, Offer
 from tarragon.transport.local import Connection, dial
-from tarragon.transport.probe import ProbeChannel
+from tarragon.transport.probe_dial import open_channel
 from tarragon.transport.region import RegionShape
 
 
@@ -176,14 +176,7 @@ class ControlThread(WorkerControl):
         Raises ConnectionError, TimeoutError or ProtocolError, having closed everything.
         """
         boot, timeout_s = self.boot, self.boot.config.connect_timeout_s
-        probes = ProbeChannel.open(
-            peer.address,
-            boot.secret,
-            sender_id=boot.worker_id,
-            sender_epoch=boot.epoch,
-            receiver_epoch=peer.epoch,
-            timeout_s=timeout_s,
-        )
+        probes = open_channel(boot, peer, timeout_s=timeout_s)
         try:
             connection = dial(
                 peer.address,

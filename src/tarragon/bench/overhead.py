@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -110,12 +111,11 @@ async def _measure(options: argparse.Namespace, model: Path, cluster: Cluster, b
             ]
             begun += count
             found = await load.between([pair[side] for pair in pairs for side in SIDES])
-            for both in zip(found[::2], found[1::2], strict=True):
-                whole = [window for window in both if window is not None]
-                without_tokens += len(whole) < len(SIDES)
-                if len(whole) == len(SIDES):
-                    for side, window in zip(SIDES, whole, strict=True):
-                        windows[side].append(window)
+            whole = whole_pairs(found)
+            without_tokens += count - len(whole)
+            for pair_windows in whole:
+                for side, window in zip(SIDES, pair_windows, strict=True):
+                    windows[side].append(window)
             if not windows["on"]:
                 raise LoadError(f"no stream brought two tokens within {options.window_s:g} s")
             metrics = {**conclude(windows), "pairs_without_tokens": without_tokens}
@@ -123,6 +123,15 @@ async def _measure(options: argparse.Namespace, model: Path, cluster: Cluster, b
             bar.done(count * _pair_s(options), cost_text(metrics))
         await switch.to("on")
     return metrics
+
+
+def whole_pairs(found: Sequence[Window | None]) -> list[tuple[Window, Window]]:
+    """Of windows on, off, on, off, ...: the pairs that brought tokens on both sides."""
+    return [
+        (on, off)
+        for on, off in zip(found[::2], found[1::2], strict=True)
+        if on is not None and off is not None
+    ]
 
 
 def _pair_s(options: argparse.Namespace) -> float:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from vllm import _custom_ops as ops
 
-from tarragon.experts import memory
-from tarragon.experts.memory import HostMemory
+from tarragon.experts import pages
+from tarragon.experts.memory import HostMemory, part_shapes
 from tarragon.messages import ExpertId
 from tarragon.models.expert_weights import ExpertWeights
 from tarragon.models.shape import ModelError, MoeModel
@@ -28,40 +28,26 @@ def kernel_isa(dtype: str) -> str:
 
 
 class Slots:
-    """One tensor [E, ...]: a slot per logical expert, and pages only where one is filled.
+    """One tensor [E, ...] of this process alone: a slot per expert, pages only where one is filled."""
 
-    In memory of this process alone, or in the host's, at an offset; ``like`` has one expert's shape and type.
-    """
-
-    def __init__(self, experts: int, like: torch.Tensor, host: tuple[Any, int] | None = None) -> None:
-        self._slot_bytes = like.nbytes
-        self._is_shared = host is not None
+    def __init__(self, experts: int, like: torch.Tensor) -> None:
+        """``like`` has one expert's shape and type."""
         # Private: pages of shared memory stay when one process releases them.
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        buffer, offset = host or (mmap.mmap(-1, experts * self._slot_bytes, flags=private), 0)
+        self._lie(experts, like, mmap.mmap(-1, experts * like.nbytes, flags=private), 0)
+
+    def _lie(self, experts: int, like: torch.Tensor, buffer: Any, offset: int) -> None:
         flat = torch.frombuffer(buffer, dtype=like.dtype, count=experts * like.numel(), offset=offset)
         self.tensor = flat.view(experts, *like.shape)
+        self._slot_bytes = like.nbytes
 
     def fill(self, expert: int, value: torch.Tensor) -> None:
-        if not self._is_shared:
-            self.tensor[expert].copy_(value)
-            return
-        with memory.writable(self._address(expert), self._slot_bytes):
-            self._populate(expert, write=True)
-            self.tensor[expert].copy_(value)
+        self.tensor[expert].copy_(value)
 
     def pack(self, expert: int, weight: torch.Tensor, isa: str) -> None:
-        """Lay a matrix out as the kernel reads it."""
-        source, target = weight.unsqueeze(0).contiguous(), self.tensor[expert : expert + 1]
-        if self._is_shared:
-            # Others may compute with what somebody else has packed here: they must find nothing but the
-            # final bytes, at any moment.
-            target = torch.empty_like(target)
-        else:
-            self._populate(expert, write=True)  # right where the kernel will read it
-        torch.ops._C.prepack_moe_weight(source, target, isa)
-        if self._is_shared:
-            self.fill(expert, target[0])
+        """Lay a matrix out as the kernel reads it, right where it will read it."""
+        self._populate(expert, write=True)
+        _prepack(weight, self.tensor[expert], isa)
 
     def have(self, expert: int) -> None:
         """Map the pages of what is packed."""
@@ -69,13 +55,35 @@ class Slots:
 
     def release(self, expert: int) -> None:
         """Give the slot's whole pages back to the system; those of the host are only unmapped."""
-        memory.discard(self._address(expert), self._slot_bytes)
+        pages.discard(self._address(expert), self._slot_bytes)
 
     def _populate(self, expert: int, *, write: bool) -> None:
-        memory.populate(self._address(expert), self._slot_bytes, write=write)
+        pages.populate(self._address(expert), self._slot_bytes, write=write)
 
     def _address(self, expert: int) -> int:
         return self.tensor.data_ptr() + expert * self._slot_bytes
+
+
+class HostSlots(Slots):
+    """One tensor [E, ...] in the host's memory, at an offset. Others may compute with it meanwhile."""
+
+    def __init__(self, experts: int, like: torch.Tensor, buffer: Any, offset: int) -> None:
+        self._lie(experts, like, buffer, offset)
+
+    def fill(self, expert: int, value: torch.Tensor) -> None:
+        with pages.writable(self._address(expert), self._slot_bytes):
+            self._populate(expert, write=True)
+            super().fill(expert, value)
+
+    def pack(self, expert: int, weight: torch.Tensor, isa: str) -> None:
+        """Lay a matrix out elsewhere and copy it: others must find nothing but the final bytes, ever."""
+        packed = torch.empty_like(self.tensor[expert])
+        _prepack(weight, packed, isa)
+        self.fill(expert, packed)
+
+
+def _prepack(weight: torch.Tensor, target: torch.Tensor, isa: str) -> None:
+    torch.ops._C.prepack_moe_weight(weight.unsqueeze(0).contiguous(), target.unsqueeze(0), isa)
 
 
 class _LayerWeights(NamedTuple):
@@ -162,11 +170,13 @@ class ResidentExperts:
 
     def _reserve(self, position: int) -> _LayerWeights:
         model, host = self.model, self._host
-        found = []
-        for part, shape in enumerate(memory.part_shapes(model)):
+        found: list[Slots] = []
+        for part, shape in enumerate(part_shapes(model)):
             like = torch.empty(shape, dtype=getattr(torch, model.dtype), device="meta")
-            place = None if host is None else (host.slots, host.offset(position, part))
-            found.append(Slots(model.experts, like, place))
+            if host is None:
+                found.append(Slots(model.experts, like))
+            else:
+                found.append(HostSlots(model.experts, like, host.slots, host.offset(position, part)))
         return _LayerWeights(*found)
 
     def run(self, position: int, rows: torch.Tensor, expert_ids: torch.Tensor, out: torch.Tensor) -> None:

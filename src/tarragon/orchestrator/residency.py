@@ -208,9 +208,13 @@ class Residency:
 
     def _pinned(self, worker_id: str) -> list[ExpertId]:
         """What the worker has and nobody else keeps; if dropped, it would have to be loaded again."""
+        only_copies = self._only_copies(worker_id)
+        return [*self._cold_copies(worker_id), *only_copies, *sorted(self._kept[worker_id])]
+
+    def _cold_copies(self, worker_id: str) -> list[ExpertId]:
+        """What it was chosen to load, and has."""
         resident = self.holders[worker_id].resident
-        cold = [expert for expert in self._cold_of(worker_id) if expert in resident]
-        return [*cold, *self._only_copies(worker_id), *sorted(self._kept[worker_id])]
+        return [expert for expert in self._cold_of(worker_id) if expert in resident]
 
     def _cold_of(self, worker_id: str) -> list[ExpertId]:
         return [expert for expert, host in self.cold.items() if host == worker_id]
@@ -266,7 +270,7 @@ class Residency:
         # A copy that waits to be taken over may go one beyond the budget: two full workers could not
         # exchange experts otherwise.
         exchanges = bool(self._only_copies(worker_id))
-        exchanges |= any(self._is_to_be_taken(expert) for expert in cold if expert in holder.resident)
+        exchanges |= any(self._is_to_be_taken(expert) for expert in self._cold_copies(worker_id))
         return wanted[: max(holder.room + exchanges, len(set(pinned)))]
 
     def _is_to_be_taken(self, expert: ExpertId) -> bool:

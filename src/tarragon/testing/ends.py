@@ -26,6 +26,8 @@ from tarragon.transport.local import (
     dial_async,
     serve_async,
 )
+from tarragon.transport.probe import probe_open
+from tarragon.transport.responder import ProbeResponder
 
 SECRET: Final = b"s" * 32
 FRAME_BYTES_MAX: Final = 1 << 20
@@ -149,6 +151,23 @@ def _thread_states(pid: int) -> Iterator[str]:
     for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
         with contextlib.suppress(OSError):  # a thread that has ended since
             yield stat.read_text().rpartition(")")[2].split()[0]
+
+
+def answer_probes(address: str, epoch: int, works: bool, accept_s: float) -> None:
+    """A worker process: a thread of it answers probes; it makes progress if it ``works``.
+
+    It looks for connections for ``accept_s`` between two beats.
+    """
+    with contextlib.closing(listen(address)) as listener:
+        responder = ProbeResponder(epoch)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                connection = listener.accept(accept_s)
+                opened = probe_open(connection.recv(WAIT_S) or b"")
+                assert opened is not None
+                responder.adopt(connection, opened)
+            if works:
+                responder.pulse.beat()
 
 
 class Outcome:

@@ -1,4 +1,5 @@
-"""Opens a probe channel beside an event loop: dialling blocks, for as long as a worker hangs."""
+"""Opens the probe channel from one process to another, beside an event loop too: dialling blocks, for as long
+as a worker hangs."""
 
 from __future__ import annotations
 
@@ -11,12 +12,25 @@ from tarragon.messages import Peer
 from tarragon.transport.probe import ProbeChannel
 
 
+def open_channel(boot: Boot, peer: Peer, *, timeout_s: float, pulse: bool = False) -> ProbeChannel:
+    """Open a channel from ``boot``'s process to ``peer``. Raises as ``ProbeChannel.open``."""
+    return ProbeChannel.open(
+        peer.address,
+        boot.secret,
+        sender_id=boot.worker_id,
+        sender_epoch=boot.epoch,
+        receiver_epoch=peer.epoch,
+        timeout_s=timeout_s,
+        pulse=pulse,
+    )
+
+
 def open_in_thread(
     boot: Boot, peer: Peer, *, timeout_s: float, pulse: bool = False
 ) -> asyncio.Future[ProbeChannel]:
-    """Open a channel from ``boot``'s process to ``peer``, in a thread that no end of a process awaits.
+    """As ``open_channel``, in a thread that no end of a process awaits.
 
-    The result is the channel, or what ``ProbeChannel.open`` raises. Who does not want it any more hands the
+    The result is the channel, or what that raises. Who does not want it any more hands the
     future to ``close_late``.
     """
     loop = asyncio.get_running_loop()
@@ -31,15 +45,7 @@ def open_in_thread(
     def run() -> None:
         outcome: ProbeChannel | Exception
         try:
-            outcome = ProbeChannel.open(
-                peer.address,
-                boot.secret,
-                sender_id=boot.worker_id,
-                sender_epoch=boot.epoch,
-                receiver_epoch=peer.epoch,
-                timeout_s=timeout_s,
-                pulse=pulse,
-            )
+            outcome = open_channel(boot, peer, timeout_s=timeout_s, pulse=pulse)
         except Exception as error:
             outcome = error
         with suppress(RuntimeError):  # the loop has ended

@@ -10,15 +10,12 @@ import mmap
 import os
 import time
 from contextlib import suppress
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from tarragon.messages import ProtocolError
 from tarragon.transport.memory import create_sealed, sealed_size
-
-_WORD_BYTES: Final = 8
 
 
 class Pulse:
