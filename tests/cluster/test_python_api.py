@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -26,6 +27,16 @@ def test_the_package_is_light_and_has_the_class() -> None:
     assert tarragon.Cluster is Cluster
     with pytest.raises(AttributeError, match="no attribute 'Clutser'"):
         _ = tarragon.Clutser
+
+
+def test_an_attention_worker_that_is_alone_keeps_no_thread_for_each_group_of_its_engine(
+    cluster: Cluster,
+) -> None:
+    cluster.wait_for("full_capacity", FULL_CAPACITY_S)
+    for name, pid in cluster.pids().items():
+        threads = [thread.read_text().strip() for thread in Path(f"/proc/{pid}/task").glob("*/comm")]
+        assert threads
+        assert sum("gloo_tcp_loop" in thread for thread in threads) == name.startswith("aw-"), (name, threads)
 
 
 def test_ask_kill_add_and_drain(cluster: Cluster) -> None:

@@ -26,6 +26,7 @@ def prepare(refe: Refe, model: MoeModel, threads: int) -> None:
     grammars.install()
     remote_experts.register(refe, model.moe_layers)
     _skip_expert_weights(model)
+    _form_no_groups()
 
 
 def compile_nothing() -> None:
@@ -68,6 +69,15 @@ def fingerprint(model: MoeModel) -> str:
 
     isa = "amx" if torch.cpu._is_amx_tile_supported() else torch.backends.cpu.get_cpu_capability()
     return f"vllm {vllm_version}, torch {torch.__version__}, {isa}, {native.instruction_set()}, {model.dtype}"
+
+
+def _form_no_groups() -> None:
+    """Let the world, which is this process alone, stand for every group that vLLM forms in it.
+
+    It forms sixteen, and gloo has a thread for each that wakes a hundred times a second (epoll, 10 ms):
+    with two workers 3,200 times, and each time a thread that computes may lose its core.
+    """
+    torch.distributed.new_group = lambda *_args, **_kwargs: torch.distributed.group.WORLD
 
 
 def _skip_expert_weights(model: MoeModel) -> None:
