@@ -64,9 +64,27 @@ def test_the_gate_is_the_median_of_trials_and_the_ratio_is_against_it() -> None:
     assert metrics["baseline"]["tarragon"]["ratio_of_stalls"]["median"] == 500.0
     assert "500 times ours" in failover_report.table(made)
 
+    none = result([0.0])
+    failover_report.conclude(none["metrics"], "expert", "KILL")
+    assert "ours was none" in failover_report.table(none)
+
     late = result([20.0, 140.0, 500.0])
     failover_report.conclude(late["metrics"], "expert", "KILL")
     assert not late["metrics"]["gate"]["holds"]
+
+
+def test_for_attention_workers_the_gate_is_about_the_streams_that_they_held() -> None:
+    made = result([0.0, 0.0, 320.0])
+    made["metrics"]["trials"][2]["held"] = {"stall_ms": 320.0}
+    failover_report.conclude(made["metrics"], "attention", "KILL")
+    assert not made["metrics"]["gate"]["holds"]
+    assert made["metrics"]["stall_judged_ms"]["n"] == 1
+    assert "300 ms, 1 trials): does not hold" in failover_report.table(made)
+
+    nobody = result([0.0])
+    failover_report.conclude(nobody["metrics"], "attention", "KILL")
+    assert "gate" not in nobody["metrics"]
+    assert "no lost worker held a stream" in failover_report.table(nobody)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
+from tarragon.bench.failover_report import times_ours
+
 Results = Mapping[str, Mapping[str, Any]]
 """The JSON of each part that has one, by its key."""
 
@@ -31,13 +33,13 @@ def _ratio(found: Mapping[str, Any]) -> str:
 
 
 def _stall(metrics: Mapping[str, Any]) -> str:
-    stall = metrics["stall_ms"]
+    stall = metrics.get("stall_judged_ms", metrics["stall_ms"])
     text = f"{stall['median']:.0f} ms ({stall['min']:.0f} to {stall['max']:.0f}, {stall['n']} trials)"
     baseline = metrics["baseline"].get("tarragon", {})
     if "stall_ms" not in baseline:
         return f"{text}; no cold restart in this run"
-    seconds, times = baseline["stall_ms"]["median"] / 1e3, baseline["ratio_of_stalls"]["median"]
-    return f"{text}; cold restart of all: {seconds:.1f} s, {times:.0f} times as long"
+    seconds, ratio = baseline["stall_ms"]["median"] / 1e3, baseline["ratio_of_stalls"]["median"]
+    return f"{text}; cold restart of all: {seconds:.1f} s, {times_ours(ratio)}"
 
 
 def _claim(side: str) -> Callable[[Mapping[str, Any]], str]:
