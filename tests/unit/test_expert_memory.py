@@ -71,6 +71,16 @@ def rows_of(experts: ResidentExperts, *chosen: ExpertId) -> torch.Tensor:
     return out
 
 
+def one_packs_another_maps(
+    model: MoeModel, host: HostMemory
+) -> tuple[ResidentExperts, ResidentExperts, torch.Tensor]:
+    """Two that have EXPERT, and what the first makes of the rows."""
+    first, second = packing(model, host), mapping(model, host)
+    first.load(EXPERT)
+    second.load(EXPERT)
+    return first, second, rows_of(first, EXPERT)
+
+
 def test_what_one_has_packed_the_others_only_map(model: MoeModel, host: HostMemory) -> None:
     alone = packing(model)
     first = packing(model, host)
@@ -84,11 +94,7 @@ def test_what_one_has_packed_the_others_only_map(model: MoeModel, host: HostMemo
 
 
 def test_what_was_put_into_huge_pages_is_the_same(model: MoeModel, host: HostMemory) -> None:
-    first = packing(model, host)
-    second = mapping(model, host)
-    first.load(EXPERT)
-    second.load(EXPERT)
-    wanted = rows_of(first, EXPERT)
+    first, second, wanted = one_packs_another_maps(model, host)
     first.settle()
     first.settle()
     assert torch.equal(rows_of(second, EXPERT), wanted)
@@ -100,11 +106,7 @@ def test_what_was_put_into_huge_pages_is_the_same(model: MoeModel, host: HostMem
 
 
 def test_what_one_lets_go_stays_with_the_others(model: MoeModel, host: HostMemory) -> None:
-    first = packing(model, host)
-    second = mapping(model, host)
-    first.load(EXPERT)
-    second.load(EXPERT)
-    wanted = rows_of(first, EXPERT)
+    first, second, wanted = one_packs_another_maps(model, host)
     first.unload(EXPERT)
     assert torch.equal(rows_of(second, EXPERT), wanted)
     again = mapping(model, host)  # a replacement, after all others have died

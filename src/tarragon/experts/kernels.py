@@ -34,9 +34,9 @@ class Slots:
         """``like`` has one expert's shape and type."""
         # Private: pages of shared memory stay when one process releases them.
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._lie(experts, like, mmap.mmap(-1, experts * like.nbytes, flags=private), 0)
+        self._view(experts, like, mmap.mmap(-1, experts * like.nbytes, flags=private), 0)
 
-    def _lie(self, experts: int, like: torch.Tensor, buffer: Any, offset: int) -> None:
+    def _view(self, experts: int, like: torch.Tensor, buffer: Any, offset: int) -> None:
         flat = torch.frombuffer(buffer, dtype=like.dtype, count=experts * like.numel(), offset=offset)
         self.tensor = flat.view(experts, *like.shape)
         self._slot_bytes = like.nbytes
@@ -68,7 +68,7 @@ class HostSlots(Slots):
     """One tensor [E, ...] in the host's memory, at an offset. Others may compute with it meanwhile."""
 
     def __init__(self, experts: int, like: torch.Tensor, buffer: Any, offset: int) -> None:
-        self._lie(experts, like, buffer, offset)
+        self._view(experts, like, buffer, offset)
 
     def fill(self, expert: int, value: torch.Tensor) -> None:
         with pages.writable(self._address(expert), self._slot_bytes):
