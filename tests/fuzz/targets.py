@@ -40,7 +40,8 @@ from tarragon.messages import (
     unpack_data,
 )
 from tarragon.models.headers import ModelError, read_header
-from tarragon.native.segments import commit_records, segment_read
+from tarragon.native.records import Commit
+from tarragon.native.segments import segment_read
 from tarragon.security.keys import KeyFileError, read_keys
 from tarragon.transport.frames import FrameReader, encode_header
 from tarragon.transport.handshake import DialerHandshake, HandshakeError, ListenerHandshake
@@ -149,8 +150,8 @@ def _bucket_with(patches: bytes) -> int:
     bucket = Bucket.map(fd, _BUCKET)
     bucket.open_record(0, "r", 1)
     table = torch.arange(1, 5, dtype=torch.int32)[None]
-    first = torch.zeros(1, dtype=torch.int32)
-    commit_records(bucket.records, first, first + 6, first, [table], list(_BUCKET.block_sizes))
+    none = torch.zeros(1, dtype=torch.int32)
+    Commit(bucket.records, bucket.seal_word, [0], none, [table], _BUCKET.block_sizes)([6])
     for place, value in struct.iter_unpack("<IB", patches[: len(patches) // 5 * 5]):
         # The header, and the records behind it; rows are bytes without a meaning.
         os.pwrite(fd, bytes([value]), place % (_BUCKET.records_offset + 1_024))

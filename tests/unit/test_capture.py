@@ -29,7 +29,8 @@ def written(worker: Worker) -> int:
 def test_rows_wait_for_a_gap(worker: Worker) -> None:
     capture._note(1, ROW, ROW, SLOTS)
     assert Capture.noted is not None
-    assert ([place for place, *_ in Capture.noted], written(worker)) == ([1], 0)
+    assert (Capture.noted.places, written(worker)) == ([1], 0)
+    assert [id(each) for each in Capture.noted.tensors] == [id(ROW), id(ROW), id(SLOTS)]
 
 
 def test_rows_of_a_compiled_engine_are_written_at_once(
@@ -48,7 +49,8 @@ def test_layers_without_a_cache_of_their_own_and_unwanted_steps_leave_nothing(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capture._note(None, ROW, ROW, SLOTS)
-    assert Capture.noted == []
+    assert Capture.noted is not None
+    assert Capture.noted.places == Capture.noted.tensors == []
     monkeypatch.setattr(Capture, "noted", None)
     capture._note(1, ROW, ROW, SLOTS)
     worker.writer.flush()

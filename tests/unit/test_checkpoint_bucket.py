@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tarragon.checkpoint.bucket import Bucket, BucketError, BucketShape
 from tarragon.checkpoint.restore import Restorer, RowKind, Source
-from tarragon.checkpoint.writer import Checkpointer, Fenced, Scheduled
+from tarragon.checkpoint.writer import Checkpointer, Fenced
 from tarragon.config import SEGMENT_ROWS_PER_WRITE, SEGMENTS_PER_WRITE
 from tarragon.gateway.wire import Origin
 from tarragon.native.segments import segment_write
@@ -54,12 +54,14 @@ class Worker:
             # As the engine has them: parts of one wider matrix.
             both = torch.randn(len(slots), 2, 2, 8).to(torch.bfloat16)
             key, value = both[:, 0], both[:, 1]
-            noted.append((layer, key, value, slots))
+            noted.places.append(layer)
+            noted.tensors += key, value, slots
             for i, slot in enumerate(slots.tolist()):
                 self.rows[layer, slot] = key[i].clone(), value[i].clone()
 
     def commit(self, name: str, row: int, positions: int, attempt: int = 1) -> None:
-        self.writer.commit([Scheduled(name, row, positions)], [self.tables], {name: attempt})
+        computed = torch.tensor([positions - 1], dtype=torch.int32)
+        self.writer.commit([name], computed, None, lambda: [self.tables[row:]], {name: attempt}.get)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -119,7 +121,8 @@ def test_gaps_are_used_for_several_layers_at_a_time_and_the_last_one_always() ->
         worker.writer.use_gap()
         before, found = worker.writer.counters.checkpoint_segments, []
         for layer in range(layers):
-            noted.append((layer, row, row, slots))
+            noted.places.append(layer)
+            noted.tensors += row, row, slots
             worker.writer.use_gap()
             found.append(worker.writer.counters.checkpoint_segments - before)
         return found
@@ -135,7 +138,9 @@ def test_without_a_bucket_or_switched_off_nothing_is_noted(worker: Worker) -> No
     worker.writer.enable(False)
     assert worker.writer.begin_step(1) is None
     worker.writer.enable(True)
-    assert worker.writer.begin_step(1) == []
+    noted = worker.writer.begin_step(1)
+    assert noted is not None
+    assert noted.places == noted.tensors == []
 
 
 @pytest.mark.parametrize(
@@ -144,11 +149,11 @@ def test_without_a_bucket_or_switched_off_nothing_is_noted(worker: Worker) -> No
         ({"layers": [3]}, "layer 3 of 3"),
         ({"layers": [-1]}, "layer -1 of 3"),
         ({"layers": [0, 1]}, "a segment is a layer"),
-        ({"slots": [torch.tensor([64])]}, "slot 64 is beyond"),
-        ({"slots": [torch.tensor([1, 2])]}, "one row for each slot"),
-        ({"keys": [torch.zeros(1, 2, 9, dtype=torch.bfloat16)]}, "do not fit"),
-        ({"keys": [torch.zeros(1, 2, 16, dtype=torch.bfloat16)[:, :, ::2]]}, "contiguous rows"),
-        ({"keys": [torch.zeros(1, 8, 2, dtype=torch.bfloat16).transpose(1, 2)]}, "contiguous rows"),
+        ({"slots": torch.tensor([64])}, "slot 64 is beyond"),
+        ({"slots": torch.tensor([1, 2])}, "one row for each slot"),
+        ({"key": torch.zeros(1, 2, 9, dtype=torch.bfloat16)}, "do not fit"),
+        ({"key": torch.zeros(1, 2, 16, dtype=torch.bfloat16)[:, :, ::2]}, "contiguous rows"),
+        ({"key": torch.zeros(1, 8, 2, dtype=torch.bfloat16).transpose(1, 2)}, "contiguous rows"),
     ],
 )
 def test_a_segment_that_does_not_fit_writes_nothing(
@@ -156,9 +161,10 @@ def test_a_segment_that_does_not_fit_writes_nothing(
 ) -> None:
     bucket, row = worker.writer.bucket, torch.ones(1, 2, 8, dtype=torch.bfloat16)
     assert bucket is not None
-    good = {"keys": [row], "values": [row], "slots": [torch.tensor([1])], "layers": [0]}
+    parts: dict[str, Any] = {"layers": [0], "key": row, "value": row, "slots": torch.tensor([1])} | change
+    tensors = [parts["key"], parts["value"], parts["slots"]]
     with pytest.raises(ValueError, match=message):
-        segment_write(**(good | change), rows=bucket.rows, checks=bucket.checks)
+        segment_write(parts["layers"], tensors, bucket.rows, bucket.checks)
     assert not bucket.rows.any()
     assert not bucket.checks.any()
 
@@ -347,7 +353,7 @@ def test_every_cache_group_has_blocks_of_its_own(groups: int, blocks_max: int) -
     writer.attach(Bucket.map(fd, shape))
     blocks = torch.arange(1, 1 + blocks_max, dtype=torch.int32)[None]
     tables = [blocks + 20 * group for group in range(groups)]
-    writer.commit([Scheduled("r", 0, 10)], tables, {"r": 1})
+    writer.commit(["r"], torch.zeros(1, dtype=torch.int32), [10], lambda: tables, {"r": 1}.get)
     record = Bucket.map(fd, shape).find("r", 1)
     assert record is not None
     assert [found.tolist() for found in record.blocks] == [table[0, :3].tolist() for table in tables]

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 
 from tarragon.checkpoint.bucket import BucketShape
 from tarragon.checkpoint.restore import RowKind
-from tarragon.checkpoint.writer import Checkpointer, Segment
+from tarragon.checkpoint.writer import Checkpointer, Noted
 
 Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 _plain_latent_update: Final = CPUMLAImpl.do_kv_cache_update
@@ -34,7 +34,7 @@ class CachedLayer(NamedTuple):
 class Capture:
     """The process's seam between the engine's attention layers and its checkpointer."""
 
-    noted: ClassVar[list[Segment] | None] = None
+    noted: ClassVar[Noted | None] = None
     """Takes the rows of the step under way; None if they are not wanted."""
     at_once: ClassVar[Callable[[], None] | None] = None
     """Called after each note where the rows' memory is used again within the step (a compiled engine)."""
@@ -45,7 +45,8 @@ def _note(place: int | None, key: torch.Tensor, value: torch.Tensor, slots: torc
     noted = Capture.noted
     if noted is None or place is None:
         return
-    noted.append((place, key, value, slots))
+    noted.places.append(place)
+    noted.tensors += key, value, slots
     if Capture.at_once is not None:
         Capture.at_once()
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm.v1.request import RequestStatus
 
 from tarragon.attention import capture, windows
@@ -21,7 +22,7 @@ from tarragon.checkpoint.client import StoreClient
 from tarragon.checkpoint.mode import Mode
 from tarragon.checkpoint.mode import parse as parse_mode
 from tarragon.checkpoint.restore import Restorer
-from tarragon.checkpoint.writer import UNRESTORABLE, Checkpointer, Scheduled
+from tarragon.checkpoint.writer import UNRESTORABLE, Checkpointer
 
 
 class Checkpoints:
@@ -167,16 +168,15 @@ class Checkpoints:
         writer.release(scheduler_output.finished_req_ids)
         # One may go on in the same step, in blocks of its own that are in another order now.
         writer.release(scheduler_output.preempted_req_ids or ())
-        scheduled, live = scheduler_output.num_scheduled_tokens, self._scheduler.requests
-        writer.release(
-            [
-                name
-                for name in writer.recorded
-                if name not in scheduled and (name not in live or live[name].status != RequestStatus.RUNNING)
-            ]
-        )
+        absent = writer.recorded - scheduler_output.num_scheduled_tokens.keys()
+        if absent:
+            writer.release([name for name in absent if not self._runs(name)])
         if scheduler_output.kv_cache_block_copies:
             writer.copy_blocks(scheduler_output.kv_cache_block_copies, max(self._block_sizes))
+
+    def _runs(self, name: str) -> bool:
+        request = self._scheduler.requests.get(name)
+        return request is not None and request.status == RequestStatus.RUNNING
 
     def _has_checkpoints(self, scheduler_output: Any) -> bool:
         """Whether this step is one with checkpoints where those with and without are compared."""
@@ -195,17 +195,26 @@ class Checkpoints:
         if self._mode.pause_steps and self._steps % self._mode.pause_steps == 0:
             self._snapshot.take()
         if capture.Capture.noted is not None:
-            self._commit(scheduler_output.num_scheduled_tokens)
+            self._commit(scheduler_output)
         if self._mode.alternate:
             self._comparison.end()
 
-    def _commit(self, scheduled: Mapping[str, int]) -> None:
-        batch = self._runner.input_batch
-        index, computed = batch.req_id_to_index, batch.num_computed_tokens_cpu
-        entries = [
-            Scheduled(name, index[name], int(computed[index[name]]) + tokens)
-            for name, tokens in scheduled.items()
-        ]
-        tables = [batch.block_table[group].block_table.cpu for group in range(len(self._block_sizes))]
-        attempts = dict.fromkeys(scheduled, UNRESTORABLE) if self._mode.alternate else self._attempts
-        self.writer.commit(entries, tables, attempts)
+    def _commit(self, scheduler_output: Any) -> None:
+        batch, scheduled = self._runner.input_batch, scheduler_output.num_scheduled_tokens
+        names, tokens = batch.req_ids, scheduler_output.total_num_scheduled_tokens
+        self.writer.commit(
+            names,
+            batch.num_computed_tokens_cpu_tensor,
+            None if tokens == len(names) == len(scheduled) else [scheduled[name] for name in names],
+            self._tables,
+            _unrestorable if self._mode.alternate else self._attempts.get,
+        )
+
+    def _tables(self) -> list[torch.Tensor]:
+        tables = self._runner.input_batch.block_table
+        return [tables[group].block_table.cpu for group in range(len(self._block_sizes))]
+
+
+def _unrestorable(request_id: str) -> int:
+    """Nobody may go on from records that every other step writes."""
+    return UNRESTORABLE

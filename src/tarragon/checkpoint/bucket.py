@@ -9,7 +9,7 @@ it are complete in every layer; only what a record commits is ever read.
 Layout, parts aligned to 4,096 bytes::
 
     header    magic, version, seal, shape as msgpack
-    records   uint8  [records, record_bytes]           struct Record in native/csrc/segments.cpp
+    records   uint8  [records, record_bytes]           struct Record in native/csrc/records.cpp
     checks    int32  [layers, slots]                   CRC-32C of each row, 0 where none was written
     rows      uint8  [layers, slots, row_bytes]        K row, then V row
 
@@ -18,6 +18,7 @@ The file is sparse: pages come into being when they are first written.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import mmap
 import struct
@@ -29,7 +30,7 @@ import torch
 
 from tarragon.config import BUCKET_BYTES_MAX, RECORD_READ_ATTEMPTS_MAX
 from tarragon.messages import DECODE_ERRORS, ProtocolError
-from tarragon.native.segments import record_whole, release_record
+from tarragon.native.records import record_whole, release_record
 from tarragon.transport.memory import sealed_size
 
 _MAGIC: Final = 0x54454B4355424754  # "TGBUCKET"
@@ -135,7 +136,7 @@ class Bucket:
         self.rows = torch.frombuffer(
             memory, dtype=torch.uint8, count=cells * shape.row_bytes, offset=shape.rows_offset
         ).view(shape.layers, shape.slots, shape.row_bytes)
-        self._seal = np.frombuffer(memory, dtype=np.uint32, count=1, offset=_SEAL_OFFSET)
+        self.seal_word = ctypes.c_uint32.from_buffer(memory, _SEAL_OFFSET)
         fixed = self.records.numpy()[:, :_RECORD_HEADER_BYTES]
         self._versions = fixed[:, 0:8].view(np.uint64)[:, 0]
         self._words = fixed[:, 8:32].view(np.uint32)  # live, attempt, committed, id_bytes, check, reserved
@@ -167,17 +168,17 @@ class Bucket:
     @property
     def sealed(self) -> bool:
         """Whether its requests have been given to others: its writer must stop (fencing)."""
-        return bool(self._seal[0])
+        return bool(self.seal_word.value)
 
     def seal(self) -> None:
         """Fence the writer: it looks before it overwrites anything that a record names, but for blocks that a
         sliding window has passed."""
-        self._seal[0] = 1
+        self.seal_word.value = 1
 
     # ------------------------------------------------------------------ records
 
     def open_record(self, index: int, request_id: str, attempt: int) -> None:
-        """Prepare a free record for a request; ``commit_records`` makes it visible."""
+        """Prepare a free record for a request; a commit makes it visible."""
         name = _name_of(request_id)
         release_record(self.records, index)
         self._words[index, 1] = attempt

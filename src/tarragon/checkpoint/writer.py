@@ -9,15 +9,16 @@ thread alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Collection, KeysView, Sequence
+from typing import Final
 
 import torch
 
 from tarragon.checkpoint.bucket import Bucket
 from tarragon.config import SEGMENT_ROWS_PER_WRITE, SEGMENTS_PER_WRITE
 from tarragon.counters import Counters
-from tarragon.native.segments import commit_records, release_record, segment_write
+from tarragon.native.records import Commit, release_record
+from tarragon.native.segments import segment_write
 from tarragon.refe.traffic import SEGMENTS, TrafficRing
 
 UNRESTORABLE: Final = 0xFFFF_FFFF
@@ -28,17 +29,20 @@ class Fenced(RuntimeError):
     """This worker's requests have been given to others; nothing it computes is wanted any more."""
 
 
-Segment = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
-"""New rows of one layer: its place in the order in which layers run, key and value [T, ...], and their slots,
-int64 [S], S <= T."""
+class Noted:
+    """New rows of some layers that are not written yet. Two flat lists, as a native call takes them."""
 
+    __slots__ = ("places", "tensors")
 
-class Scheduled(NamedTuple):
-    """One request of a step: its row in the block tables and the positions that are complete after it."""
+    def __init__(self) -> None:
+        self.places: list[int] = []
+        """Of each layer: its place in the order in which layers run."""
+        self.tensors: list[torch.Tensor] = []
+        """Of each layer: key and value [T, ...], and their slots, int64 [S], S <= T."""
 
-    request_id: str
-    table_row: int
-    positions: int
+    def clear(self) -> None:
+        self.places.clear()
+        self.tensors.clear()
 
 
 class WriterCounters(Counters):
@@ -62,17 +66,26 @@ class Checkpointer:
         self.bucket: Bucket | None = None
         self.enabled = True
         self.traffic: TrafficRing | None = None
-        self._pending: list[Segment] = []
+        self._pending = Noted()
         self._per_write = SEGMENTS_PER_WRITE
         """As soon as so many layers are noted, they are written."""
+        self._last_place = 0
+        """After the last layer no gap follows."""
         self._records: dict[str, int] = {}
         self._free: list[int] = []
+        self._roster: list[str] = []
+        """Requests of the last step, in its order; empty if ``_commit`` is not for the next one."""
+        self._commit: Commit | None = None
+        self._computed: torch.Tensor | None = None
+        """What ``_commit`` reads."""
 
     def attach(self, bucket: Bucket) -> None:
         """Protect what is written from now on."""
         self.bucket = bucket
+        self._last_place = bucket.shape.layers - 1
         self._free = list(range(bucket.shape.records))
         self._records.clear()
+        self._roster.clear()
 
     def enable(self, enabled: bool) -> None:
         """Stop or resume writing. What the bucket missed meanwhile is made known as missing: a slot may have
@@ -85,13 +98,13 @@ class Checkpointer:
         self.enabled = enabled
 
     @property
-    def recorded(self) -> Collection[str]:
+    def recorded(self) -> KeysView[str]:
         """Requests that have a record."""
         return self._records.keys()
 
     # ------------------------------------------------------------------ segments
 
-    def begin_step(self, tokens: int) -> list[Segment] | None:
+    def begin_step(self, tokens: int) -> Noted | None:
         """What the rows of this step's layers are to be noted in, or None if nothing is written.
 
         A write costs its call as much as the rows of some decoding streams, so several layers share one; the
@@ -104,29 +117,25 @@ class Checkpointer:
 
     def use_gap(self) -> None:
         """The worker waits for its experts: copy what was noted, if it is worth a call or no gap follows."""
-        pending = self._pending
-        if not pending or self.bucket is None:
-            return
-        latest = pending[-1][0]
-        if len(pending) >= self._per_write or latest == self.bucket.shape.layers - 1:
+        places = self._pending.places
+        if places and (len(places) >= self._per_write or places[-1] == self._last_place):
             self.flush()
 
     def flush(self) -> None:
         """Copy what was noted into the bucket."""
-        if not self._pending:
+        places, bucket, counters = self._pending.places, self.bucket, self.counters
+        if not places:
             return
         start = time.perf_counter()
-        bucket, counters = self.bucket, self.counters
         assert bucket is not None
         self.check_seal()
-        layers, keys, values, slots = zip(*self._pending, strict=True)
-        segment_write(keys, values, slots, layers, bucket.rows, bucket.checks)
-        size = sum(each.shape[0] for each in slots) * bucket.shape.row_bytes
-        counters.checkpoint_segments += len(layers)
+        written = segment_write(places, self._pending.tensors, bucket.rows, bucket.checks)
+        size = written * bucket.shape.row_bytes
+        counters.checkpoint_segments += len(places)
         counters.checkpoint_bytes += size
         end = time.perf_counter()
         if self.traffic is not None:
-            self.traffic.add(SEGMENTS, layers[0], start, end, size)
+            self.traffic.add(SEGMENTS, places[0], start, end, size)
         self._pending.clear()
         counters.checkpoint_s += end - start
 
@@ -153,43 +162,65 @@ class Checkpointer:
             if index is not None and self.bucket is not None:
                 release_record(self.bucket.records, index)
                 self._free.append(index)
+                self._roster.clear()
 
     def commit(
-        self, scheduled: Sequence[Scheduled], tables: Sequence[torch.Tensor], attempts: Mapping[str, int]
+        self,
+        requests: Sequence[str],
+        computed: torch.Tensor,
+        added: Sequence[int] | None,
+        tables: Callable[[], Sequence[torch.Tensor]],
+        attempt_of: Callable[[str], int | None],
     ) -> None:
         """End a step: its rows are in, and every record says how far its request is complete.
 
         Args:
-            tables: per cache group int32 [requests, blocks].
+            requests: of the step; row i of all that follows is about the i-th.
+            computed: int32 [requests or more], positions that were complete before the step.
+            added: positions that the step completed; None for one each.
+            tables: per cache group int32 [requests or more, blocks]; asked again when the requests, or the
+                memory of ``computed``, are others than in the step before.
+            attempt_of: the attempt of a request; of one that has none, no record is made.
 
         Raises:
             Fenced: another worker restores from this bucket; no record was touched.
         """
         self.flush()
-        self.check_seal()  # mostly nothing is left to flush, and a seal may have come since the last row
         bucket = self.bucket
-        if bucket is None or not scheduled:
+        if bucket is None or not requests:
             return
         start = time.perf_counter()
-        known = [entry for entry in scheduled if self._has_record(bucket, entry.request_id, attempts)]
-        commit_records(
-            bucket.records,
-            torch.tensor([self._records[entry.request_id] for entry in known], dtype=torch.int32),
-            torch.tensor([entry.positions for entry in known], dtype=torch.int32),
-            torch.tensor([entry.table_row for entry in known], dtype=torch.int32),
-            tables,
-            bucket.shape.block_sizes,
-        )
-        self.counters.checkpoint_commits += len(known)
+        if self._commit is None or requests != self._roster or computed is not self._computed:
+            self.check_seal()
+            self._commit = self._enroll(bucket, requests, computed, tables(), attempt_of)
+        if not self._commit(added):
+            self.check_seal()
+        self.counters.checkpoint_commits += len(requests)
         self.counters.checkpoint_s += time.perf_counter() - start
 
-    def _has_record(self, bucket: Bucket, request_id: str, attempts: Mapping[str, int]) -> bool:
-        if request_id in self._records:
-            return True
-        if not self._free or request_id not in attempts:
+    def _enroll(
+        self,
+        bucket: Bucket,
+        requests: Sequence[str],
+        computed: torch.Tensor,
+        tables: Sequence[torch.Tensor],
+        attempt_of: Callable[[str], int | None],
+    ) -> Commit:
+        """Find a record for each of these requests; who finds none asks again in the next step."""
+        indices = [self._record_of(bucket, request_id, attempt_of) for request_id in requests]
+        self._roster = [] if -1 in indices else list(requests)
+        self._computed = computed
+        return Commit(bucket.records, bucket.seal_word, indices, computed, tables, bucket.shape.block_sizes)
+
+    def _record_of(self, bucket: Bucket, request_id: str, attempt_of: Callable[[str], int | None]) -> int:
+        """Index of the request's record, which is made if need be; -1 if there is none for it."""
+        known = self._records.get(request_id)
+        if known is not None:
+            return known
+        attempt = attempt_of(request_id)
+        if not self._free or attempt is None:
             self.counters.checkpoint_records_short += 1
-            return False
-        index = self._free.pop()
-        bucket.open_record(index, request_id, attempts[request_id])
-        self._records[request_id] = index
-        return True
+            return -1
+        index = self._records[request_id] = self._free.pop()
+        bucket.open_record(index, request_id, attempt)
+        return index

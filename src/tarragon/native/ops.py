@@ -8,7 +8,9 @@ and ``replay`` return a decision about data and belong outside a graph.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -34,6 +36,13 @@ def load() -> None:
         )
     torch.ops.load_library(str(path))
     _loaded = True
+
+
+@functools.cache
+def op(name: str) -> Any:
+    """The op itself: looking it up each time costs more than some calls do."""
+    load()
+    return getattr(torch.ops.tarragon, name).default
 
 
 def instruction_set() -> str:

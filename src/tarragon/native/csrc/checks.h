@@ -26,4 +26,16 @@ inline int32_t* int32_data(const at::Tensor& tensor, int64_t count, const char* 
   return tensor.data_ptr<int32_t>();
 }
 
+// A contiguous matrix of bytes.
+struct Bytes {
+  uint8_t* data;
+  int64_t rows, row_bytes;
+};
+
+inline Bytes bytes_of(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kByte, name, " must be uint8");
+  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.is_contiguous(), name, " must be a contiguous matrix");
+  return {tensor.data_ptr<uint8_t>(), tensor.size(0), tensor.size(1)};
+}
+
 }  // namespace tarragon
