@@ -59,6 +59,9 @@ SEGMENTS_PER_WRITE: Final = 16
 SEGMENT_ROWS_PER_WRITE: Final = 64
 """New rows of the KV cache are written to the checkpoint with the rows of this many layers, or at once if a
 layer has as many as this."""
+SEGMENT_POPULATED_BYTES: Final = 64 << 10
+"""The memory of a bucket's rows comes into being so much at a time: page by page, each is a fault in the way
+of a step."""
 RECORD_READ_ATTEMPTS_MAX: Final = 8
 """A record that changes under a reader this often belongs to a worker that is alive: it is not read."""
 RESTORE_THREADS: Final = 2
@@ -66,6 +69,9 @@ RESTORE_THREADS: Final = 2
 RESTORED_POSITIONS_PER_STEP: Final = 512
 """An engine step takes up no further request once it has so many restored positions to load: streams that run
 wait for that."""
+ROWS_PATIENCE_S: Final = 0.01
+"""How long a step waits for rows of requests from elsewhere that are being read: for their readers, one step
+more without them is longer."""
 ROWS_WAIT_S: Final = 0.002
 """How long an engine with nothing else to do waits for rows at a time: it has mail to look at."""
 STORE_REDIAL_PAUSE_S: Final = 0.05

@@ -18,7 +18,7 @@ from tarragon.checkpoint.restore import Restorer, RowKind, Source
 from tarragon.checkpoint.writer import Checkpointer, Fenced
 from tarragon.config import SEGMENT_ROWS_PER_WRITE, SEGMENTS_PER_WRITE
 from tarragon.gateway.wire import Origin
-from tarragon.native.segments import segment_write
+from tarragon.native.segments import SegmentWriter
 from tarragon.transport.memory import create_sealed
 
 SHAPE = BucketShape(
@@ -133,6 +133,18 @@ def test_gaps_are_used_for_several_layers_at_a_time_and_the_last_one_always() ->
     worker.close()
 
 
+def test_rows_of_many_restored_requests_are_written_at_once(worker: Worker, reader: Restorer) -> None:
+    """They are noted before a step's own: more segments than there are layers."""
+    for start in range(0, 10):
+        worker.write(0, start, start + 1)
+    worker.commit("r", 0, 10)
+    source = found(reader)
+    assert source is not None
+    rows = reader.read(source, [0], 10, KINDS)
+    assert rows is not None
+    assert torch.equal(rows[2].key[9], worker.rows[2, 9 * 4 + 1][0])
+
+
 def test_without_a_bucket_or_switched_off_nothing_is_noted(worker: Worker) -> None:
     assert Checkpointer().begin_step(1) is None
     worker.writer.enable(False)
@@ -164,7 +176,7 @@ def test_a_segment_that_does_not_fit_writes_nothing(
     parts: dict[str, Any] = {"layers": [0], "key": row, "value": row, "slots": torch.tensor([1])} | change
     tensors = [parts["key"], parts["value"], parts["slots"]]
     with pytest.raises(ValueError, match=message):
-        segment_write(parts["layers"], tensors, bucket.rows, bucket.checks)
+        SegmentWriter(bucket.rows, bucket.checks)(parts["layers"], tensors)
     assert not bucket.rows.any()
     assert not bucket.checks.any()
 

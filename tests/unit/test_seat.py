@@ -194,3 +194,47 @@ def test_what_a_window_of_the_writer_has_passed_is_not_read(
 def test_what_the_cache_has_got_is_not_missed_beyond_a_window(engine: Engine) -> None:
     engine.window = 5
     assert engine.matched("r", computed=4, tokens=8) == 3, "its first block would be wanted of the writer"
+
+
+def test_rows_are_read_before_the_engine_takes_the_request_up(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(worker)
+    foreseen = engine.seat.foresee("r", ORIGIN, prompt_tokens=POSITIONS, sent=1)
+    assert foreseen.reading is not None
+    assert foreseen.reading.job.result(WAIT_S) is not None
+    monkeypatch.setattr(engine.restorer, "find", None)
+    monkeypatch.setattr(engine.restorer, "read", None)
+    assert engine.seat.expect("r", ORIGIN, has_begun=True, foreseen=foreseen) == POSITIONS
+    request = SimpleNamespace(request_id="r", num_tokens=POSITIONS + 1)
+    assert engine.seat.get_num_new_matched_tokens(request, 0) == (POSITIONS, False), "in its first step"
+    engine.allocate("r", (1, 3, 7), POSITIONS)
+    engine.step()
+    assert len(engine.cache) == SHAPE.layers * POSITIONS
+
+
+def test_a_commit_that_shows_only_later_is_looked_for_again(worker: Worker) -> None:
+    """The store may tell of another worker's bucket after the gateway tells of its requests."""
+    engine = Engine(worker)
+    engine.restorer.drop("aw-0", 7)
+    foreseen = engine.seat.foresee("r", ORIGIN, prompt_tokens=POSITIONS, sent=1)
+    assert foreseen == ((), None)
+    engine.restorer.add("aw-0", 7, worker.fd)
+    assert engine.seat.expect("r", ORIGIN, has_begun=True, foreseen=foreseen) == POSITIONS
+    assert engine.matched("r") == POSITIONS
+
+
+def test_what_was_read_for_fewer_tokens_is_read_again(worker: Worker) -> None:
+    """A prefix of it is of no use to the scheduler, which would compute the rest."""
+    engine = Engine(worker)
+    foreseen = engine.seat.foresee("r", ORIGIN, prompt_tokens=4, sent=1)
+    engine.seat.expect("r", ORIGIN, has_begun=True, foreseen=foreseen)
+    assert engine.matched("r") == POSITIONS
+
+
+def test_rows_that_are_almost_there_are_waited_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step without them is longer; but no step waits more than its patience, whatever it is given."""
+    monkeypatch.setattr(resume, "ROWS_PATIENCE_S", WAIT_S)
+    engine.step()
+    request = SimpleNamespace(request_id="r", num_tokens=POSITIONS + 1)
+    assert engine.seat.get_num_new_matched_tokens(request, 0) == (POSITIONS, False)

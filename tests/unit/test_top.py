@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,14 @@ class FakeAdmin(AdminClient):
         super().__init__("127.0.0.1", 1, timeout_s=1.0)
         self.recorded = recorded
         self.absent = False
+        self.asked = 0
+        self.answers = threading.Event()
+        self.answers.set()
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        self.asked += 1
+        if not self.answers.wait(LIMIT_S):
+            raise AssertionError("nobody let it answer")
         if self.absent:
             raise AdminError("no Tarragon cluster answers")
         route, _, query = path.partition("?")
@@ -153,6 +160,26 @@ def test_answers_that_come_while_it_ends_harm_nobody() -> None:
         admin.absent = True
         app.poll()
         await app.workers.wait_for_complete()
+
+    drive(test)
+
+
+def test_a_slow_answer_is_waited_for_before_the_next_question() -> None:
+    """Asked twice at once, the same events would be shown twice."""
+
+    async def test(app: Top, pilot: Pilot[None], recorded: Recorded, admin: FakeAdmin) -> None:
+        await app.workers.wait_for_complete()
+        before = admin.asked
+        admin.answers.clear()
+        try:
+            app.poll()
+            await until(pilot, lambda: admin.asked == before + 1)
+            app.poll()
+            await pilot.pause(0.2)
+            assert admin.asked == before + 1
+        finally:
+            admin.answers.set()
+        await until(pilot, lambda: admin.asked > before + 1)
 
     drive(test)
 

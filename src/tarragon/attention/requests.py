@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import select
+import queue
 import sys
 from contextlib import suppress
 from typing import Any
 
 from tarragon.attention.control import ControlThread
-from tarragon.attention.resume import Resumer
+from tarragon.attention.gateway_link import Ended, GatewayLink, Mail
+from tarragon.attention.resume import Foreseen, Resumer
 from tarragon.gateway.wire import (
     FROM_GATEWAY,
     Abort,
@@ -25,7 +26,6 @@ from tarragon.gateway.wire import (
     UtilityResult,
 )
 from tarragon.messages import ProtocolError
-from tarragon.transport.local import Connection
 
 
 class Requests:
@@ -48,37 +48,43 @@ class Requests:
         self._resumer = resumer
         self._vllm_config = vllm_config
         self._codec = Codec(FROM_GATEWAY)
-        self._link: Connection | None = None
+        self._link: GatewayLink | None = None
         self._gateway_epoch = -1
         self._attempts = attempts
-        self.deferred: list[Add] = []
+        self.deferred: list[tuple[Add, Foreseen | None]] = []
         """Requests to be taken up after the next step, which forgets an older attempt of theirs."""
-        self._poll = select.poll()
 
     # ------------------------------------------------------------------ in
 
-    def take_up(self, idle_poll: Any) -> None:
-        """Handle everything that has arrived, without waiting; ``idle_poll`` follows the link."""
-        self._attach_newcomers(idle_poll)
-        deferred, self.deferred = self.deferred, []
-        for message in deferred:
-            self._begin(message)
-        while self._link is not None and self._poll.poll(0):
-            try:
-                frame = self._link.recv(0.0)
-                if frame is None:
-                    self._detach(idle_poll, "the gateway closed its link")
-                    return
-                self._handle(self._codec.decode(frame))
-            except TimeoutError:
-                return  # part of a frame: the rest comes later
-            except (ConnectionError, ProtocolError) as error:
-                self._count(error)
-                self._detach(idle_poll, str(error))
-
-    def _attach_newcomers(self, idle_poll: Any) -> None:
+    def take_up(self) -> None:
+        """Handle everything that has arrived, without waiting."""
         with suppress(BlockingIOError):
             os.eventfd_read(self._control.wake_fd)
+        self._attach_newcomers()
+        deferred, self.deferred = self.deferred, []
+        for message, foreseen in deferred:
+            self._begin(message, foreseen)
+        while self._link is not None:
+            try:
+                mail = self._link.mail.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._open(mail)
+            except ProtocolError as error:
+                self._end(Ended(str(error), malformed=True))
+
+    def _open(self, mail: Mail | Ended) -> None:
+        if isinstance(mail, Ended):
+            self._end(mail)
+        else:
+            self._handle(mail)
+
+    def _end(self, ended: Ended) -> None:
+        self._control.refe.counters.frames_malformed += ended.malformed
+        self._detach(ended.cause)
+
+    def _attach_newcomers(self) -> None:
         while not self._control.gateways.empty():
             connection, frame = self._control.gateways.get_nowait()
             try:
@@ -89,31 +95,29 @@ class Requests:
                     raise ProtocolError(f"gateway epoch {message.gateway_epoch} is stale")
                 connection.send(self._codec.encode(self._facts()))
             except (ConnectionError, ProtocolError) as error:
-                self._count(error)
+                self._control.refe.counters.frames_malformed += isinstance(error, ProtocolError)
                 print(f"refused a gateway link: {error}", file=sys.stderr)
                 connection.close()
                 continue
             if self._link is not None:
-                self._detach(idle_poll, "a newer gateway attached")
-            self._link, self._gateway_epoch = connection, message.gateway_epoch
-            self._poll.register(connection.fileno(), select.POLLIN)
-            idle_poll.register(connection.fileno(), select.POLLIN)
+                self._detach("a newer gateway attached")
+            self._gateway_epoch = message.gateway_epoch
+            self._link = GatewayLink(connection, self._control.wake_fd, self._resumer.foresee)
 
-    def _detach(self, idle_poll: Any, cause: str) -> None:
+    def _detach(self, cause: str) -> None:
         link = self._link
         if link is None:
             return
         print(f"gateway link ended: {cause}", file=sys.stderr)
-        self._poll.unregister(link.fileno())
-        idle_poll.unregister(link.fileno())
         link.close()
         self._link = None
         self._forget(list(self._attempts))
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, mail: Mail) -> None:
+        message = mail.message
         match message:
             case Add():
-                self._add(message)
+                self._add(message, mail.foreseen)
             case Hold():
                 self._hold(message.attempts)
             case Abort():
@@ -126,23 +130,20 @@ class Requests:
             case _:
                 raise ProtocolError(f"{type(message).__name__} after the first message")
 
-    def _count(self, error: Exception) -> None:
-        self._control.refe.counters.frames_malformed += isinstance(error, ProtocolError)
-
-    def _add(self, message: Add) -> None:
+    def _add(self, message: Add, foreseen: Foreseen | None) -> None:
         name = message.request.request_id
         if name in self._attempts:
             self._forget([name])  # an older attempt, whose abort is on its way
         self._attempts[name] = message.attempt
-        self._begin(message)
+        self._begin(message, foreseen)
 
-    def _begin(self, message: Add) -> None:
+    def _begin(self, message: Add, foreseen: Foreseen | None) -> None:
         if message.request.request_id in self._engine.scheduler.finished_req_ids:
             # An older attempt has ended, and the next step will clear away what goes by this name.
-            self.deferred.append(message)
+            self.deferred.append((message, foreseen))
             return
         if message.sent or message.origins:
-            self._resumer.add(message)
+            self._resumer.add(message, foreseen)
             return
         request, wave = self._engine.preprocess_add_request(message.request)
         self._engine.add_request(request, wave)
@@ -163,7 +164,7 @@ class Requests:
         for name in names:
             del self._attempts[name]
         gone = set(names)
-        self.deferred = [message for message in self.deferred if message.request.request_id not in gone]
+        self.deferred = [entry for entry in self.deferred if entry[0].request.request_id not in gone]
         self._resumer.abort(names)
         self._engine.abort_requests(names)
 
@@ -203,7 +204,7 @@ class Requests:
         try:
             self._link.send(self._codec.encode(message))
         except ConnectionError:
-            return  # the next take_up sees the end of file and detaches
+            return  # the link's reader sees the end of file
 
     def _facts(self) -> Facts:
         cache, scheduler = self._vllm_config.cache_config, self._vllm_config.scheduler_config

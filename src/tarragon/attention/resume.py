@@ -28,7 +28,7 @@ from tarragon.attention.randomness import PositionalGenerator
 from tarragon.attention.windows import FirstHeld
 from tarragon.checkpoint.bucket import slots_at
 from tarragon.checkpoint.restore import LayerRows, Restorer, Source
-from tarragon.config import RESTORE_THREADS, RESTORED_POSITIONS_PER_STEP
+from tarragon.config import RESTORE_THREADS, RESTORED_POSITIONS_PER_STEP, ROWS_PATIENCE_S
 from tarragon.gateway.wire import Add, Origin, Resumed
 
 
@@ -53,6 +53,13 @@ class Reading(NamedTuple):
     start: int
     stop: int
     job: concurrent.futures.Future[list[LayerRows] | None]
+
+
+class Foreseen(NamedTuple):
+    """What was begun for a request from elsewhere before the engine took it up."""
+
+    sources: Sequence[Source]
+    reading: Reading | None
 
 
 class Loads(KVConnectorMetadata):
@@ -90,6 +97,8 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
         self._pool = concurrent.futures.ThreadPoolExecutor(RESTORE_THREADS, "restore")
         self._positions_left = RESTORED_POSITIONS_PER_STEP
         """That this step may still take up."""
+        self._patience_s = ROWS_PATIENCE_S
+        """That this step may still wait for rows."""
         self._loads: list[Load] = []
         self.resumed: dict[str, Resumed] = {}
         """Requests from elsewhere that have not delivered yet; whoever sends outputs takes them out."""
@@ -98,20 +107,51 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         return False
 
-    def expect(self, request_id: str, origins: Sequence[Origin], *, has_begun: bool) -> int:
-        """Look for the rows of a request that is about to be queued; returns the positions found.
+    def foresee(self, request_id: str, origins: Sequence[Origin], prompt_tokens: int, sent: int) -> Foreseen:
+        """Look for the rows of a request, and begin to read them; called by the gateway link's thread.
+
+        Its prompt has ``prompt_tokens``, and ``sent`` tokens of its output were sent.
+        """
+        sources = self._find(request_id, origins, has_begun=sent > 0)
+        if not sources:
+            return Foreseen((), None)
+        stop = min(sources[0].record.positions, prompt_tokens + sent - 1)
+        return Foreseen(sources, self._read_from(request_id, Expected(sources, origins), 0, stop))
+
+    def expect(
+        self,
+        request_id: str,
+        origins: Sequence[Origin],
+        *,
+        has_begun: bool,
+        foreseen: Foreseen | None = None,
+    ) -> int:
+        """A request is about to be queued: look for its rows, unless they were foreseen.
 
         ``has_begun``: tokens of it were sent, so that no position of its prompt is left to be computed.
+        Returns the positions found.
         """
         self.resumed[request_id] = Resumed()
-        start = time.perf_counter()
-        sources = self._restorer.find(request_id, origins) if self._layers else []
-        self._restorer.spent(time.perf_counter() - start)
-        if not sources or not (has_begun or self._prompts_may_be_cut):
+        if foreseen is None or not foreseen.sources:
+            foreseen = Foreseen(self._find(request_id, origins, has_begun=has_begun), None)
+        if not foreseen.sources:
             self._restorer.counters.restore_misses += 1
             return 0
-        self._expected[request_id] = Expected(sources, origins)
-        return sources[0].record.positions
+        self._expected[request_id] = Expected(foreseen.sources, origins)
+        if foreseen.reading is not None:
+            self._readings[request_id] = foreseen.reading
+        return foreseen.sources[0].record.positions
+
+    def _find(self, request_id: str, origins: Sequence[Origin], *, has_begun: bool) -> Sequence[Source]:
+        if not self._layers or not (has_begun or self._prompts_may_be_cut):
+            return ()
+        start = time.perf_counter()
+        sources = self._restorer.find(request_id, origins)
+        self._restorer.spent(time.perf_counter() - start)
+        return sources
+
+    def _read_from(self, request_id: str, expected: Expected, start: int, stop: int) -> Reading:
+        return Reading(start, stop, self._pool.submit(self._read, request_id, expected, start, stop))
 
     def forget(self, request_id: str) -> None:
         self._expected.pop(request_id, None)
@@ -136,13 +176,21 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
             return 0, False
         reading = self._readings.get(request.request_id)
         if reading is None or reading.start > num_computed_tokens or reading.stop != stop:
-            job = self._pool.submit(self._read, request.request_id, expected, num_computed_tokens, stop)
-            reading = self._readings[request.request_id] = Reading(num_computed_tokens, stop, job)
-        if not reading.job.done() or self._positions_left <= 0:
+            reading = self._read_from(request.request_id, expected, num_computed_tokens, stop)
+            self._readings[request.request_id] = reading
+        if self._positions_left <= 0 or not self._has_read(reading):
             return None, False
         if reading.job.result() is None:
             return self._without_first(request, num_computed_tokens, expected)
         return stop - num_computed_tokens, False
+
+    def _has_read(self, reading: Reading) -> bool:
+        """Whether the rows are there; what is short of it is waited for, as a step is long."""
+        if not reading.job.done() and self._patience_s > 0:
+            start = time.perf_counter()
+            concurrent.futures.wait([reading.job], self._patience_s)
+            self._patience_s -= time.perf_counter() - start
+        return reading.job.done()
 
     def _without_first(
         self, request: Any, num_computed_tokens: int, expected: Expected
@@ -216,7 +264,7 @@ class Seat(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
         loads, self._loads = self._loads, []
-        self._positions_left = RESTORED_POSITIONS_PER_STEP
+        self._positions_left, self._patience_s = RESTORED_POSITIONS_PER_STEP, ROWS_PATIENCE_S
         return Loads(loads)
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
@@ -268,10 +316,18 @@ class Resumer:
     def waiting(self) -> bool:
         return bool(self._compiling)
 
-    def add(self, message: Add) -> None:
+    def foresee(self, message: Add) -> Foreseen:
+        """Begin to restore a request that the engine will be given; called by the gateway link's thread."""
+        request = message.request
+        tokens = len(request.prompt_token_ids or ())
+        return self._seat.foresee(request.request_id, message.origins, tokens, len(message.sent))
+
+    def add(self, message: Add, foreseen: Foreseen | None) -> None:
         """Queue a request behind the tokens that were sent; called between steps."""
         request, _ = self._engine.preprocess_add_request(message.request)
-        self._seat.expect(request.request_id, message.origins, has_begun=bool(message.sent))
+        self._seat.expect(
+            request.request_id, message.origins, has_begun=bool(message.sent), foreseen=foreseen
+        )
         if not message.sent:
             self._engine.add_request(request)
         elif request.structured_output_request is not None:

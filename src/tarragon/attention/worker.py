@@ -100,7 +100,7 @@ def serve(
             if not engine.scheduler.has_requests():
                 _wait_for_requests(refe, requests, checkpoints, poll)
             with TIMES.taken("intake_s"):
-                requests.take_up(poll)
+                requests.take_up()
             checkpoints.resumer.poll()
             checkpoints.prepare()
             if engine.scheduler.has_requests():

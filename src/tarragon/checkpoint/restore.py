@@ -152,9 +152,12 @@ class Restorer:
                 before it, and their blocks may hold other rows by now.
             kinds: per layer.
         """
+        places = self._places(source, starts, stop)
+        if places is None:
+            return None
         rows = []
         for layer, kind in enumerate(kinds):
-            taken = self._read_layer(source, layer, kind, starts[kind.group], stop)
+            taken = self._read_layer(source.bucket, layer, kind, *places[kind.group])
             if taken is None:
                 return None
             rows.append(taken)
@@ -164,16 +167,24 @@ class Restorer:
             return None
         return rows
 
+    def _places(
+        self, source: Source, starts: Sequence[int], stop: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Per cache group: positions from its start on, and their slots; None if any has none."""
+        places = []
+        sizes = source.bucket.shape.block_sizes
+        for start, blocks, size in zip(starts, source.record.blocks, sizes, strict=True):
+            positions = torch.arange(start, stop)
+            slots = slots_at(blocks, size, positions.numpy())
+            if len(slots) and int(slots.min()) < size:  # block 0 is no block
+                self.count_unusable(absent=True)
+                return None
+            places.append((positions, slots))
+        return places
+
     def _read_layer(
-        self, source: Source, layer: int, kind: RowKind, start: int, stop: int
+        self, bucket: Bucket, layer: int, kind: RowKind, positions: torch.Tensor, slots: torch.Tensor
     ) -> LayerRows | None:
-        bucket, blocks = source.bucket, source.record.blocks[kind.group]
-        size = bucket.shape.block_sizes[kind.group]
-        positions = torch.arange(start, stop)
-        slots = slots_at(blocks, size, positions.numpy())
-        if len(slots) and int(slots.min()) < size:  # block 0 is no block
-            self.count_unusable(absent=True)
-            return None
         key = torch.empty(len(slots), *kind.key_shape, dtype=kind.dtype)
         value = torch.empty(len(slots), *kind.value_shape, dtype=kind.dtype)
         bad = segment_read(bucket.rows[layer], bucket.checks[layer], slots, key.flatten(1), value.flatten(1))

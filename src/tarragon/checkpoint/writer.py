@@ -18,7 +18,7 @@ from tarragon.checkpoint.bucket import Bucket
 from tarragon.config import SEGMENT_ROWS_PER_WRITE, SEGMENTS_PER_WRITE
 from tarragon.counters import Counters
 from tarragon.native.records import Commit, release_record
-from tarragon.native.segments import segment_write
+from tarragon.native.segments import SegmentWriter
 from tarragon.refe.traffic import SEGMENTS, TrafficRing
 
 UNRESTORABLE: Final = 0xFFFF_FFFF
@@ -69,6 +69,7 @@ class Checkpointer:
         self._pending = Noted()
         self._per_write = SEGMENTS_PER_WRITE
         """As soon as so many layers are noted, they are written."""
+        self._write: SegmentWriter | None = None
         self._last_place = 0
         """After the last layer no gap follows."""
         self._records: dict[str, int] = {}
@@ -83,6 +84,7 @@ class Checkpointer:
         """Protect what is written from now on."""
         self.bucket = bucket
         self._last_place = bucket.shape.layers - 1
+        self._write = SegmentWriter(bucket.rows, bucket.checks)
         self._free = list(range(bucket.shape.records))
         self._records.clear()
         self._roster.clear()
@@ -127,9 +129,10 @@ class Checkpointer:
         if not places:
             return
         start = time.perf_counter()
+        assert self._write is not None
         assert bucket is not None
         self.check_seal()
-        written = segment_write(places, self._pending.tensors, bucket.rows, bucket.checks)
+        written = self._write(places, self._pending.tensors)
         size = written * bucket.shape.row_bytes
         counters.checkpoint_segments += len(places)
         counters.checkpoint_bytes += size

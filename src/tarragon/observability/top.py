@@ -75,6 +75,7 @@ class Top(App[None]):
         super().__init__()
         self._poller = Poller(admin)
         self._shown: tuple[Any, int] | None = None
+        self._asking = False
 
     def compose(self) -> ComposeResult:
         yield Static("asking ...", id="summary")
@@ -103,14 +104,22 @@ class Top(App[None]):
 
     # ------------------------------------------------------------------ asking
 
-    @work(thread=True, exclusive=True, group="poll")
     def poll(self) -> None:
+        """Ask, unless an answer is still awaited: two threads would show the same events twice."""
+        if not self._asking:
+            self._asking = True
+            self._ask_now()
+
+    @work(thread=True, group="poll")
+    def _ask_now(self) -> None:
         try:
             events = self._poller.poll()
         except AdminError as error:
             self.call_from_thread(self._absent, str(error))
         else:
             self.call_from_thread(self._show, events)
+        finally:
+            self._asking = False
 
     def _absent(self, why: str) -> None:
         if self._has_widgets:

@@ -1,18 +1,26 @@
-// tarragon::segment_write, segment_read: K,V rows into a checkpoint bucket and back (6.1).
+// tarragon_segment_write, tarragon::segment_read: K,V rows into a checkpoint bucket and back (6.1).
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <exception>
 
 #include "checks.h"
 #include "crc32c.h"
+
+#ifndef MADV_POPULATE_WRITE  // Linux 5.14
+#define MADV_POPULATE_WRITE 23
+#endif
 
 namespace tarragon {
 namespace {
 
 using at::Tensor;
-using at::TensorList;
 
 constexpr uint32_t kAbsent = 0;  // the checksum of a row that was never written
 
@@ -64,35 +72,65 @@ void check_slots(const int64_t* slots, int64_t count, int64_t limit) {
   }
 }
 
-// Segment n is of layer layers[n]: tensors[3n], [3n + 1] and [3n + 2] are its keys, its values and their slots. Row i
-// of the two goes into the i-th slot; negative slots are padding. Returns the number of rows that were copied.
-int64_t segment_write(at::IntArrayRef layers, TensorList tensors, const Tensor& rows, const Tensor& checks) {
-  TORCH_CHECK_TYPE(rows.scalar_type() == at::kByte, "rows must be uint8");
-  TORCH_CHECK_VALUE(rows.dim() == 3 && rows.is_contiguous(), "rows must be contiguous, [layers, slots, row bytes]");
-  TORCH_CHECK_VALUE(tensors.size() == 3 * layers.size(), "a segment is a layer, its keys, its values and their slots");
-  const int64_t layer_slots = rows.size(1), bytes = rows.size(2);
-  uint8_t* const to = rows.data_ptr<uint8_t>();
-  int32_t* const check = int32_data(checks, rows.size(0) * layer_slots, "checks");
-  for (size_t n = 0; n < layers.size(); ++n) {
-    TORCH_CHECK_VALUE(layers[n] >= 0 && layers[n] < rows.size(0), "layer ", layers[n], " of ", rows.size(0));
-    const Tensor& slots = tensors[3 * n + 2];
-    check_slots(slots_of(slots), slots.size(0), layer_slots);
-    halves(tensors[3 * n], tensors[3 * n + 1], slots.size(0), bytes);
+// New rows of one layer.
+struct Segment {
+  int64_t layer, count;
+  const int64_t* slot;
+  Halves from;
+};
+
+// The bucket that is written; native/segments.py has the same layout.
+struct Target {
+  uint8_t* rows;
+  int32_t* checks;
+  int64_t layers, slots, row_bytes;
+  uint8_t* populated;  // per populated_bytes of rows: not 0 if their pages are there
+  int64_t populated_bytes;
+};
+
+// A page that is written for the first time is a fault, with cold caches 20 us and more: ask for many at once. Where
+// the kernel cannot, they come one by one.
+void populate(const Target& to, const uint8_t* row, int64_t bytes) {
+  const int64_t last = (row + bytes - 1 - to.rows) / to.populated_bytes;
+  for (int64_t chunk = (row - to.rows) / to.populated_bytes; chunk <= last; ++chunk) {
+    if (to.populated[chunk]) continue;
+    to.populated[chunk] = 1;
+    constexpr uintptr_t kPage = 4096;
+    const uint8_t* end = to.rows + std::min((chunk + 1) * to.populated_bytes, to.layers * to.slots * to.row_bytes);
+    const auto from = reinterpret_cast<uintptr_t>(to.rows + chunk * to.populated_bytes) & ~(kPage - 1);
+    const auto until = (reinterpret_cast<uintptr_t>(end) + kPage - 1) & ~(kPage - 1);
+    madvise(reinterpret_cast<void*>(from), until - from, MADV_POPULATE_WRITE);
   }
+}
+
+// The tensor that Python's `_cdata` names; somebody else keeps it alive.
+Tensor tensor_of(void* impl) {
+  using Pointer = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+  return Tensor::wrap_tensor_impl(Pointer::reclaim_copy(static_cast<c10::TensorImpl*>(impl)));
+}
+
+Segment segment_of(const Target& to, int64_t layer, void* const* parts) {
+  TORCH_CHECK_VALUE(layer >= 0 && layer < to.layers, "layer ", layer, " of ", to.layers);
+  const Tensor slots = tensor_of(parts[2]);
+  const int64_t* slot = slots_of(slots);
+  check_slots(slot, slots.size(0), to.slots);
+  return {layer, slots.size(0), slot, halves(tensor_of(parts[0]), tensor_of(parts[1]), slots.size(0), to.row_bytes)};
+}
+
+// Returns the number of rows; negative slots are padding.
+int64_t write_segment(const Target& to, const Segment& segment) {
+  const Halves& from = segment.from;
+  const int64_t first = segment.layer * to.slots, bytes = from.key_bytes + from.value_bytes;
   int64_t written = 0;
-  for (size_t n = 0; n < layers.size(); ++n) {
-    const Tensor& slots = tensors[3 * n + 2];
-    const int64_t count = slots.size(0), first = layers[n] * layer_slots;
-    const int64_t* slot = slots.const_data_ptr<int64_t>();
-    const Halves from = halves(tensors[3 * n], tensors[3 * n + 1], count, bytes);
-    for (int64_t i = 0; i < count; ++i) {
-      if (slot[i] < 0) continue;
-      uint8_t* row = to + (first + slot[i]) * bytes;
-      std::memcpy(row, from.key + i * from.key_stride, from.key_bytes);
-      std::memcpy(row + from.key_bytes, from.value + i * from.value_stride, from.value_bytes);
-      check[first + slot[i]] = static_cast<int32_t>(checksum_of(row, from.key_bytes + from.value_bytes));
-      ++written;
-    }
+  for (int64_t i = 0; i < segment.count; ++i) {
+    const int64_t slot = segment.slot[i];
+    if (slot < 0) continue;
+    uint8_t* row = to.rows + (first + slot) * to.row_bytes;
+    populate(to, row, to.row_bytes);
+    std::memcpy(row, from.key + i * from.key_stride, from.key_bytes);
+    std::memcpy(row + from.key_bytes, from.value + i * from.value_stride, from.value_bytes);
+    to.checks[first + slot] = static_cast<int32_t>(checksum_of(row, bytes));
+    ++written;
   }
   return written;
 }
@@ -129,13 +167,27 @@ int64_t segment_read(const Tensor& rows, const Tensor& checks, const Tensor& slo
 
 }  // namespace
 
+// Write segments: layers[n]'s key, value and slots are tensors[3n], [3n + 1] and [3n + 2]. Returns the number of rows,
+// or -1 with a message in `error`: nothing was written then. No op of torch's, see tarragon_commit.
+extern "C" __attribute__((visibility("default"))) int64_t tarragon_segment_write(
+    const Target* to, int64_t count, const int64_t* layers, void* const* tensors, char* error, int64_t error_bytes) {
+  try {
+    c10::SmallVector<Segment, 16> segments;
+    for (int64_t n = 0; n < count; ++n) segments.push_back(segment_of(*to, layers[n], tensors + 3 * n));
+    int64_t written = 0;
+    for (const Segment& segment : segments) written += write_segment(*to, segment);
+    return written;
+  } catch (const c10::Error& caught) {
+    std::snprintf(error, error_bytes, "%s", caught.what_without_backtrace());
+  } catch (const std::exception& caught) {
+    std::snprintf(error, error_bytes, "%s", caught.what());
+  }
+  return -1;
+}
+
 TORCH_LIBRARY_FRAGMENT(tarragon, m) {
-  m.def("segment_write(int[] layers, Tensor[] tensors, Tensor(a!) rows, Tensor(b!) checks) -> int");
   m.def("segment_read(Tensor rows, Tensor checks, Tensor slots, Tensor(a!) key, Tensor(b!) value) -> int");
 }
-TORCH_LIBRARY_IMPL(tarragon, CPU, m) {
-  m.impl("segment_write", segment_write);
-  m.impl("segment_read", segment_read);
-}
+TORCH_LIBRARY_IMPL(tarragon, CPU, m) { m.impl("segment_read", segment_read); }
 
 }  // namespace tarragon
