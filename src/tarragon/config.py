@@ -66,7 +66,7 @@ RECORD_READ_ATTEMPTS_MAX: Final = 8
 """A record that changes under a reader this often belongs to a worker that is alive: it is not read."""
 RESTORE_THREADS: Final = 2
 """Requests whose rows are read at a time, beside an attention worker's engine."""
-RESTORED_POSITIONS_PER_STEP: Final = 512
+RESTORED_POSITIONS_PER_STEP: Final = 1024
 """An engine step takes up no further request once it has so many restored positions to load: streams that run
 wait for that."""
 ROWS_PATIENCE_S: Final = 0.01
