@@ -60,8 +60,8 @@ SEGMENT_ROWS_PER_WRITE: Final = 64
 """New rows of the KV cache are written to the checkpoint with the rows of this many layers, or at once if a
 layer has as many as this."""
 SEGMENT_POPULATED_BYTES: Final = 64 << 10
-"""The memory of a bucket's rows comes into being so much at a time: page by page, each is a fault in the way
-of a step."""
+"""The memory of a bucket's rows comes into being so much at a time, as a rule before it is needed: page by
+page, each is a fault in the way of a step."""
 RECORD_READ_ATTEMPTS_MAX: Final = 8
 """A record that changes under a reader this often belongs to a worker that is alive: it is not read."""
 RESTORE_THREADS: Final = 2

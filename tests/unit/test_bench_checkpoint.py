@@ -33,6 +33,13 @@ def test_bytes_are_compared_with_the_formula() -> None:
     assert found["bytes"]["formula_over_experts_traffic"] == 0.25
 
 
+def test_what_is_spent_beside_the_steps_is_told_apart() -> None:
+    assert checkpoint.ahead_share({"checkpoint_ahead_s": 0.5, "step_s": 100.0}) == {
+        "ahead_share_of_steps": 0.005
+    }
+    assert checkpoint.ahead_share({"checkpoint_ahead_s": 0.0, "step_s": 0.0}) == {}
+
+
 def test_restoring_is_compared_trial_by_trial() -> None:
     trial = {"restore_s": 0.01, "sequential_s": 10.0, "parallel_s": 0.5}
     found = restore.conclude([trial, trial | {"restore_s": 0.02}])

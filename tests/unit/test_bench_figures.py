@@ -120,6 +120,24 @@ def test_a_process_without_counters_is_accounted_by_the_kernel() -> None:
     )
 
 
+def test_a_worker_has_the_kernel_s_account_beside_its_own() -> None:
+    counters = dict.fromkeys(("clock_s", "compute_s", "copy_s", "idle_s"), 0.0)
+    before = {
+        "role": "expert",
+        "at_s": 1.0,
+        "on_a_core_s": 1.0,
+        "waiting_for_a_core_s": 0.0,
+        "counters": counters,
+    }
+    spent = {"clock_s": 2.0, "compute_s": 1.5, "copy_s": 0.0, "idle_s": 0.5}
+    after = {**before, "at_s": 3.0, "on_a_core_s": 2.0, "waiting_for_a_core_s": 0.5, "counters": spent}
+    found = profile.account(before, after)
+    assert found["seconds_per_second"]["expert kernels"] == pytest.approx(0.75)
+    assert found["process_seconds_per_second"] == pytest.approx(
+        {"on a core": 0.5, "waiting for a core": 0.25, "asleep": 0.25}
+    )
+
+
 def test_answers_differ_if_anything_of_them_does() -> None:
     a = {"tokens": [1, 2], "logprobs": [-0.5, -0.25]}
     assert sametext.differing([a, a], [a, a]) == []

@@ -93,6 +93,7 @@ class Checkpoints:
             "requests_behind": float(self.reprotector.missing),
             "needs_checkpoints": float(not self.reprotector.exact),
             "requests_unprotected": float(self._unprotected(protected)),
+            "checkpoint_ahead_s": self.writer.ahead_s,
             "snapshot_bytes": float(self._snapshot.bytes_copied),
             "store_frames_malformed": float(self.client.frames_malformed if self.layers else 0),
             **self._comparison.counters(),

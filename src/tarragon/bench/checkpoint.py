@@ -122,10 +122,21 @@ async def _measure(
 async def _steps(cluster: Cluster, load: EndlessLoad, seconds: float) -> dict[str, Any]:
     """Steps with and without checkpoints in turn, as the attention workers compare them."""
     await asyncio.to_thread(cluster.admin.checkpointing, "alternate", reprotect=False)
+    before = await asyncio.to_thread(_counters, cluster)
     found = await load.window(seconds)
+    after = await asyncio.to_thread(_counters, cluster)
     workers = await asyncio.to_thread(_attention_counters, cluster)
     await asyncio.to_thread(cluster.admin.checkpointing, "none", reprotect=False)
-    return conclude_steps(workers, found.cpu_s_per_token)
+    spent = {name: value - before[name] for name, value in after.items()}
+    return {**conclude_steps(workers, found.cpu_s_per_token), **ahead_share(spent)}
+
+
+def ahead_share(spent: Mapping[str, float]) -> dict[str, float]:
+    """CPU time of making pages before they are needed, as a share of the steps' time.
+
+    It is spent beside steps with checkpoints and without, so that comparing these does not show it.
+    """
+    return {"ahead_share_of_steps": spent["checkpoint_ahead_s"] / spent["step_s"]} if spent["step_s"] else {}
 
 
 def conclude_steps(workers: Sequence[Mapping[str, float]], cpu_s_per_token: float) -> dict[str, Any]:
@@ -174,6 +185,7 @@ def _counters(cluster: Cluster) -> dict[str, float]:
     """Sums over the attention workers."""
     names = (
         "checkpoint_s",
+        "checkpoint_ahead_s",
         "checkpoint_bytes",
         "checkpoint_segments",
         "checkpoint_commits",
@@ -260,6 +272,11 @@ def report(metrics: dict[str, Any]) -> str:
             _step_text(metrics["step_cpu_cost"], "CPU time per token")
             + f"; {metrics['step_cpu_cost']['us_per_step']:.0f} us a step",
         ]
+    if "ahead_share_of_steps" in metrics:
+        lines.append(
+            "beside all steps, in neither of the two: making pages took "
+            f"{metrics['ahead_share_of_steps']:.2%} of their time"
+        )
     if "writing_share_of_steps" in metrics:
         lines.append(f"writing took {100 * metrics['writing_share_of_steps']:.2f} % of the steps' time")
     if "bytes" in metrics:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -138,10 +138,13 @@ def account(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
     elapsed = after["at_s"] - before["at_s"]
     ran = (after["on_a_core_s"] - before["on_a_core_s"]) / elapsed
     waited = (after["waiting_for_a_core_s"] - before["waiting_for_a_core_s"]) / elapsed
+    busy = min(1.0, ran)
+    behind = min(1.0 - busy, waited)
     found: dict[str, Any] = {
         "role": after["role"],
         "cores_used": ran,
         "waiting_for_a_core": waited,
+        "process_seconds_per_second": dict(zip(PROCESS, (busy, behind, 1.0 - busy - behind), strict=True)),
         "counters": {
             name: value - before["counters"].get(name, 0.0) for name, value in after["counters"].items()
         },
@@ -156,9 +159,7 @@ def account(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
             found["ms_per_step"] = {name: 1e3 * value / steps for name, value in seconds.items()}
             found["step_ms"] = 1e3 * counters["clock_s"] / steps
     else:
-        busy = min(1.0, ran)
-        behind = min(1.0 - busy, waited)
-        found["seconds_per_second"] = dict(zip(PROCESS, (busy, behind, 1.0 - busy - behind), strict=True))
+        found["seconds_per_second"] = found["process_seconds_per_second"]
     return found
 
 
@@ -207,18 +208,42 @@ def report(metrics: Mapping[str, Any]) -> str:
 
 
 def draw(axes: Any, metrics: Mapping[str, Any]) -> None:
-    """One bar for each process, its second stacked from what it was spent on; waiting is pale."""
+    """One bar for each process, its second stacked from what it was spent on; waiting is pale.
+
+    Under a worker's, a thin one: what the kernel says of its threads, without which a part that waited for a
+    core looks like work.
+    """
+    from matplotlib.patches import Patch
+
     kinds = [*ATTENTION, *EXPERT, *PROCESS]
-    names = list(metrics)
     working = [kind for kind in kinds if kind not in _PALE]
     colours = {**_PALE, **{kind: f"C{index}" for index, kind in enumerate(working)}}
-    ends = [0.0] * len(names)
-    for kind in kinds:
-        parts = [metrics[name]["seconds_per_second"].get(kind, 0.0) for name in names]
-        if any(parts):
-            axes.barh(names, parts, left=ends, label=kind, color=colours[kind])
-            ends = [end + part for end, part in zip(ends, parts, strict=True)]
+    own = [found["seconds_per_second"] for found in metrics.values()]
+    process = [
+        found["process_seconds_per_second"] if found["role"] in ("attention", "expert") else {}
+        for found in metrics.values()
+    ]
+    places = range(len(metrics))
+    _stack(axes, list(places), own, 0.5, colours)
+    _stack(axes, [place + 0.36 for place in places], process, 0.2, colours)
+    axes.set_yticks(list(places), list(metrics))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the time")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+    axes.set_xlabel("share of the time; thin: the kernel's account of the same process")
+    used = [kind for kind in kinds if any(parts.get(kind) for parts in (*own, *process))]
+    patches = [Patch(color=colours[kind], label=kind) for kind in used]
+    axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+
+
+def _stack(
+    axes: Any,
+    places: Sequence[float],
+    bars: Sequence[Mapping[str, float]],
+    height: float,
+    colours: Mapping[str, str],
+) -> None:
+    ends = [0.0] * len(bars)
+    for kind, colour in colours.items():
+        parts = [bar.get(kind, 0.0) for bar in bars]
+        axes.barh(places, parts, height, left=ends, color=colour)
+        ends = [end + part for end, part in zip(ends, parts, strict=True)]

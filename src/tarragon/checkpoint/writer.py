@@ -70,6 +70,8 @@ class Checkpointer:
         self._per_write = SEGMENTS_PER_WRITE
         """As soon as so many layers are noted, they are written."""
         self._write: SegmentWriter | None = None
+        self._ahead_before_s = 0.0
+        """Of the writers before it."""
         self._last_place = 0
         """After the last layer no gap follows."""
         self._records: dict[str, int] = {}
@@ -84,6 +86,7 @@ class Checkpointer:
         """Protect what is written from now on."""
         self.bucket = bucket
         self._last_place = bucket.shape.layers - 1
+        self._ahead_before_s = self.ahead_s
         self._write = SegmentWriter(bucket.rows, bucket.checks)
         self._free = list(range(bucket.shape.records))
         self._records.clear()
@@ -103,6 +106,11 @@ class Checkpointer:
     def recorded(self) -> KeysView[str]:
         """Requests that have a record."""
         return self._records.keys()
+
+    @property
+    def ahead_s(self) -> float:
+        """CPU time that went into having the bucket's pages before they were needed, beside the steps."""
+        return self._ahead_before_s + (self._write.pages.ahead_s if self._write else 0.0)
 
     # ------------------------------------------------------------------ segments
 

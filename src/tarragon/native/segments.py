@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Final
 
 import torch
 
-from tarragon.config import SEGMENT_POPULATED_BYTES
 from tarragon.native.build import library_path
 from tarragon.native.ops import load, op
+from tarragon.native.populated import Populated
 
 _ERROR_BYTES: Final = 512
 
@@ -28,8 +28,7 @@ class _Target(ctypes.Structure):
         ("layers", ctypes.c_int64),
         ("slots", ctypes.c_int64),
         ("row_bytes", ctypes.c_int64),
-        ("populated", ctypes.c_void_p),
-        ("populated_bytes", ctypes.c_int64),
+        ("pages", ctypes.c_void_p),
     ]
 
 
@@ -55,14 +54,8 @@ class SegmentWriter:
 
     def __init__(self, rows: torch.Tensor, checks: torch.Tensor) -> None:
         self._owners = rows, checks
-        self._populated = (ctypes.c_uint8 * (rows.nbytes // SEGMENT_POPULATED_BYTES + 1))()
-        self._target = _Target(
-            rows.data_ptr(),
-            checks.data_ptr(),
-            *rows.shape,
-            ctypes.addressof(self._populated),
-            SEGMENT_POPULATED_BYTES,
-        )
+        self.pages = Populated(rows)
+        self._target = _Target(rows.data_ptr(), checks.data_ptr(), *rows.shape, self.pages.address)
         self._error = ctypes.create_string_buffer(_ERROR_BYTES)
         self._to, self._why = ctypes.addressof(self._target), ctypes.addressof(self._error)
         self._native = _native_write()

@@ -1,10 +1,8 @@
 // tarragon_segment_write, tarragon::segment_read: K,V rows into a checkpoint bucket and back (6.1).
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -12,21 +10,18 @@
 
 #include "checks.h"
 #include "crc32c.h"
-
-#ifndef MADV_POPULATE_WRITE  // Linux 5.14
-#define MADV_POPULATE_WRITE 23
-#endif
+#include "populated.h"
 
 namespace tarragon {
 namespace {
 
 using at::Tensor;
 
-constexpr uint32_t kAbsent = 0;  // the checksum of a row that was never written
+constexpr uint32_t kNever = 0;  // the checksum of a row that was never written
 
 uint32_t checksum_of(const uint8_t* row, int64_t size) {
   const uint32_t crc = crc32c(~0U, row, size);
-  return crc == kAbsent ? 1 : crc;
+  return crc == kNever ? 1 : crc;
 }
 
 struct Halves {
@@ -84,24 +79,8 @@ struct Target {
   uint8_t* rows;
   int32_t* checks;
   int64_t layers, slots, row_bytes;
-  uint8_t* populated;  // per populated_bytes of rows: not 0 if their pages are there
-  int64_t populated_bytes;
+  const Populated* pages;  // of rows
 };
-
-// A page that is written for the first time is a fault, with cold caches 20 us and more: ask for many at once. Where
-// the kernel cannot, they come one by one.
-void populate(const Target& to, const uint8_t* row, int64_t bytes) {
-  const int64_t last = (row + bytes - 1 - to.rows) / to.populated_bytes;
-  for (int64_t chunk = (row - to.rows) / to.populated_bytes; chunk <= last; ++chunk) {
-    if (to.populated[chunk]) continue;
-    to.populated[chunk] = 1;
-    constexpr uintptr_t kPage = 4096;
-    const uint8_t* end = to.rows + std::min((chunk + 1) * to.populated_bytes, to.layers * to.slots * to.row_bytes);
-    const auto from = reinterpret_cast<uintptr_t>(to.rows + chunk * to.populated_bytes) & ~(kPage - 1);
-    const auto until = (reinterpret_cast<uintptr_t>(end) + kPage - 1) & ~(kPage - 1);
-    madvise(reinterpret_cast<void*>(from), until - from, MADV_POPULATE_WRITE);
-  }
-}
 
 // The tensor that Python's `_cdata` names; somebody else keeps it alive.
 Tensor tensor_of(void* impl) {
@@ -117,22 +96,25 @@ Segment segment_of(const Target& to, int64_t layer, void* const* parts) {
   return {layer, slots.size(0), slot, halves(tensor_of(parts[0]), tensor_of(parts[1]), slots.size(0), to.row_bytes)};
 }
 
-// Returns the number of rows; negative slots are padding.
-int64_t write_segment(const Target& to, const Segment& segment) {
+struct Written {
+  int64_t rows = 0;
+  bool wants_pages = false;
+};
+
+// Negative slots are padding.
+void write_segment(const Target& to, const Segment& segment, Written& written) {
   const Halves& from = segment.from;
   const int64_t first = segment.layer * to.slots, bytes = from.key_bytes + from.value_bytes;
-  int64_t written = 0;
   for (int64_t i = 0; i < segment.count; ++i) {
     const int64_t slot = segment.slot[i];
     if (slot < 0) continue;
     uint8_t* row = to.rows + (first + slot) * to.row_bytes;
-    populate(to, row, to.row_bytes);
+    written.wants_pages |= need(*to.pages, row, to.row_bytes);
     std::memcpy(row, from.key + i * from.key_stride, from.key_bytes);
     std::memcpy(row + from.key_bytes, from.value + i * from.value_stride, from.value_bytes);
     to.checks[first + slot] = static_cast<int32_t>(checksum_of(row, bytes));
-    ++written;
+    ++written.rows;
   }
-  return written;
 }
 
 // Copy slot slots[i] into row i of key and value. Returns the first i whose row is absent or damaged, or -1.
@@ -156,7 +138,7 @@ int64_t segment_read(const Tensor& rows, const Tensor& checks, const Tensor& slo
     uint32_t crc;
     if (to.key_bytes % 8 == 0) {
       crc = crc32c(crc32c(~0U, to_key, to.key_bytes), to_value, to.value_bytes);
-      if (crc == kAbsent) crc = 1;
+      if (crc == kNever) crc = 1;
     } else {
       crc = checksum_of(row, size);
     }
@@ -174,9 +156,10 @@ extern "C" __attribute__((visibility("default"))) int64_t tarragon_segment_write
   try {
     c10::SmallVector<Segment, 16> segments;
     for (int64_t n = 0; n < count; ++n) segments.push_back(segment_of(*to, layers[n], tensors + 3 * n));
-    int64_t written = 0;
-    for (const Segment& segment : segments) written += write_segment(*to, segment);
-    return written;
+    Written written;
+    for (const Segment& segment : segments) write_segment(*to, segment, written);
+    if (written.wants_pages) want(*to->pages);
+    return written.rows;
   } catch (const c10::Error& caught) {
     std::snprintf(error, error_bytes, "%s", caught.what_without_backtrace());
   } catch (const std::exception& caught) {
