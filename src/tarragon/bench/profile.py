@@ -217,7 +217,7 @@ def draw(axes: Any, metrics: Mapping[str, Any]) -> None:
 
     kinds = [*ATTENTION, *EXPERT, *PROCESS]
     working = [kind for kind in kinds if kind not in _PALE]
-    colours = {**_PALE, **{kind: f"C{index}" for index, kind in enumerate(working)}}
+    colours = {kind: _PALE.get(kind) or f"C{working.index(kind)}" for kind in kinds}
     own = [found["seconds_per_second"] for found in metrics.values()]
     process = [
         found["process_seconds_per_second"] if found["role"] in ("attention", "expert") else {}
